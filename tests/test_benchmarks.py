@@ -91,9 +91,8 @@ SETS = {  # folder, file -> rows as the hub has them
 }
 
 
-SOURCES = [
-    b.source for b in benchmarks.BENCHMARKS.values() if isinstance(b.source, benchmarks.Source)
-]
+SOURCES = [b.source for b in benchmarks.BENCHMARKS.values()]
+SOURCES = [source for source in SOURCES if isinstance(source, benchmarks.Source)]
 
 
 def write(root, sets=SETS):

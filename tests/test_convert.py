@@ -137,9 +137,8 @@ def expand2square(image, color):  # LLaVA, mm_utils.py
         return image
     side = max(width, height)
     result = Image.new(image.mode, (side, side), color)
-    result.paste(
-        image, (0, (width - height) // 2) if width > height else ((height - width) // 2, 0)
-    )
+    at = (0, (width - height) // 2) if width > height else ((height - width) // 2, 0)
+    result.paste(image, at)
     return result
 
 
@@ -231,9 +230,8 @@ def test_chat_templates_by_the_character(name):
 @pytest.mark.parametrize("name", ["llava", "bunny"])
 def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     folder, size = copy_of(layouts, name, tmp_path), 320
-    specials = (
-        ["<unk>", "<s>", "</s>"] if name == "llava" else ["<|pad|>", "<|x|>", "<|endoftext|>"]
-    )
+    plain = ["<|pad|>", "<|x|>", "<|endoftext|>"]
+    specials = ["<unk>", "<s>", "</s>"] if name == "llava" else plain
     toy_tokenizer(scheme, specials, size).save_pretrained(folder)
     model, processor = load_original(folder)
     image = Image.new("RGB", (30, 20), "red")

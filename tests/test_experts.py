@@ -15,7 +15,7 @@ from mllm_compress.anatomy import anatomy, lm_parameters
 from mllm_compress.anatomy.families import FAMILIES
 from mllm_compress.cli.check import logits_of, noise_batch, reloaded
 from mllm_compress.importance import load_scores, scoring_memory, width_importance
-from mllm_compress.pruning import PruningPlan, apply_plan, plan_widthwise
+from mllm_compress.pruning import PruningPlan, apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.pruning.allocation import parameter_costs
 from mllm_compress.pruning.pruning_plan import compose_plans, make_plan
 
@@ -41,6 +41,15 @@ def never_chosen(model, plan):
         return y
 
     return patch.object(functional, "linear", routing)
+
+
+def test_layers_without_experts_keep_their_places(tmp_path):
+    model = cases.build("qwen3_moe", torch.float32, mlp_only_layers=[3])
+    small = apply_plan(model, plan_layerwise(model, layers=[0]))
+    small.save_pretrained(tmp_path)
+    loaded, batch = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), noise_batch(model)
+    assert small.config.mlp_only_layers == [2] and small.num_experts == model.num_experts
+    assert torch.equal(logits_of(loaded, batch), logits_of(small, batch))
 
 
 @pytest.mark.parametrize("shape", ["uniform", "blockwise"])

@@ -219,9 +219,8 @@ def spm_like():
 
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     unit = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    unit.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    unit.normalizer = normalizers.Sequence(spaces)
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
     )
@@ -229,9 +228,8 @@ def spm_like():
     vocabulary = json.loads(unit.to_str())
     vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if t["id"] < 3]
     unit = Tokenizer.from_str(json.dumps(vocabulary))
-    unit.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    template = dict(single="<s> $A", special_tokens=[("<s>", 1)])
+    unit.post_processor = processors.TemplateProcessing(**template)
     unit.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
     return PreTrainedTokenizerFast(
         tokenizer_object=unit, bos_token="<s>", eos_token="</s>", unk_token="<unk>"

@@ -79,9 +79,8 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     average = {"value": -7.0, "low": -11.4, "high": -2.6, "n": 7000, "seeds": 3}
     written = {"claim": "", "word": "contradicted", "average": average, "n": 7000, "seeds": 3}
     written |= {"counts": {"undecided": 3, "contradicted": 5}, "parts": {}, "agree": True}
-    (tmp_path / "figures/tiny/10_findings-verdicts.json").write_text(
-        json.dumps({"claim-1": written})
-    )
+    path = tmp_path / "figures/tiny/10_findings-verdicts.json"
+    path.write_text(json.dumps({"claim-1": written}))
     mine = {1: Verdict("A.", {"here": Estimate(2, 1, 3, 100, 1)}, ""), 2: Verdict("B.", {}, "")}
     board = scoreboard.scoreboard(mine, "quick")
     assert list(board.tiny) == ["contradicted", "not tested"]

@@ -287,6 +287,7 @@ NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
         (lambda m: block_influence(m, B), r"write \[batch\]"),
         (lambda m: taylor(m, None), "list of dicts"),
         (lambda m: taylor(m, [{"pixel_values": B["input_ids"]}]), "no input_ids"),
+        (lambda m: taylor(m, [{"input_ids": [[1, 2]]}]), "no input_ids as a tensor"),
         (lambda m: taylor(m, [{"input_ids": torch.zeros(0, 4, dtype=torch.long)}]), "not empty"),
         (lambda m: taylor(m, [B | {"labels": B["input_ids"][:, :5]}]), "labels is"),
         (lambda m: block_influence(m, [masked(torch.ones(3, 1, 12, 12))]), "attention_mask is"),

@@ -181,9 +181,8 @@ def test_two_runs_on_one_store_do_each_cell_once(whole):
     folder, said = whole
     line = f"{EXPERIMENTS} experiments of profile small, {EXPERIMENTS} with results."
     assert all(line in text and "leaked" not in text for text in said), said  # no semaphore
-    begun = {
-        p.stem: p.read_text().count(": process ") for p in folder.glob("runs/small/logs/*.txt")
-    }
+    logs = folder.glob("runs/small/logs/*.txt")
+    begun = {p.stem: p.read_text().count(": process ") for p in logs}
     assert len(begun) == len(results(folder)) and set(begun.values()) == {1}
     assert len(tables(folder)[1].splitlines()) == 1 + EXPERIMENTS * 2
 

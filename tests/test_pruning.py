@@ -265,6 +265,8 @@ def test_a_plan_in_a_file_is_what_it_keeps(llama, tmp_path):
 
 # ---- bad input
 
+wide = plan_widthwise
+
 
 @pytest.mark.parametrize(
     "call,message",
@@ -277,41 +279,34 @@ def test_a_plan_in_a_file_is_what_it_keeps(llama, tmp_path):
         (lambda m, l, w: plan_layerwise(m, ratio=0.1), "scores are needed"),
         (lambda m, l, w: plan_layerwise(m, l, n_layers=6), "n_layers must be in 0 … 5"),
         (lambda m, l, w: plan_layerwise(m, layers=[9]), "in 0 … 5"),
+        (lambda m, l, w: plan_layerwise(m, layers=[1, 1]), "must be distinct"),
+        (lambda m, l, w: wide(m, w, ratio=0.4, base=wide(m, w, ratio=0.1)), "a layerwise plan"),
         (
             lambda m, l, w: plan_layerwise(m, LayerScores(torch.rand(9), "r", {}), n_layers=1),
             "9 scores do not fit 6 layers",
         ),
         (
-            lambda m, l, w: plan_widthwise(m, w, ratio=0.9),
+            lambda m, l, w: wide(m, w, ratio=0.9),
             r"most this plan can remove is 0\.\d+.*Protect fewer",
         ),
-        (lambda m, l, w: plan_widthwise(m, w), "one of ratio, channel_ratio and budget"),
+        (lambda m, l, w: wide(m, w), "one of ratio, channel_ratio and budget"),
         (
-            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, channel_ratio=0.1),
+            lambda m, l, w: wide(m, w, ratio=0.1, channel_ratio=0.1),
             "one of ratio, channel_ratio and budget",
         ),
-        (lambda m, l, w: plan_widthwise(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
+        (lambda m, l, w: wide(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
+        (lambda m, l, w: wide(m, w, ratio=0.1, mlp_layers=[1]), "belong to channel_ratio"),
+        (lambda m, l, w: wide(m, w, channel_ratio=0.1, mlp_layers=[7]), "not all among 0-5"),
+        (lambda m, l, w: wide(m, w, ratio=0.1, shape="round"), "blockwise, uniform"),
         (
-            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, mlp_layers=[1]),
-            "belong to channel_ratio",
-        ),
-        (
-            lambda m, l, w: plan_widthwise(m, w, channel_ratio=0.1, mlp_layers=[7]),
-            "not all among 0-5",
-        ),
-        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="round"), "blockwise, uniform"),
-        (
-            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
+            lambda m, l, w: wide(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
             "prunes every layer alike",
         ),
-        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, protect=(3, 3)), "leaves none"),
-        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, round_to=0), "round_to"),
+        (lambda m, l, w: wide(m, w, ratio=0.1, protect=(3, 3)), "leaves none"),
+        (lambda m, l, w: wide(m, w, ratio=0.1, round_to=0), "round_to"),
+        (lambda m, l, w: wide(m, WidthScores({}, {}, "r", {}), ratio=0.1), "no scores for"),
         (
-            lambda m, l, w: plan_widthwise(m, WidthScores({}, {}, "r", {}), ratio=0.1),
-            "no scores for",
-        ),
-        (
-            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, base=plan_layerwise(m, l, n_layers=3)),
+            lambda m, l, w: wide(m, w, ratio=0.1, base=plan_layerwise(m, l, n_layers=3)),
             "base plan alone removes",
         ),
         (lambda m, l, w: prune(m, ratio=0.4, scores=[l, w], layer_share=2), r"outside \[0, 1\]"),

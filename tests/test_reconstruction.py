@@ -49,6 +49,14 @@ def projections(model):
     return {(i, s.name): s.module for i in range(parts.num_layers) for s in parts.writers(i)}
 
 
+def test_the_final_norm_is_fitted_alike_with_padding_on_the_left():
+    model, plain = random_model(CASES[0]), text_batches()
+    padded = [{k: torch.nn.functional.pad(v, (8, 0)) for k, v in b.items()} for b in plain]
+    small = apply_plan(model, plan := plan_layerwise(model, layers=[1]))
+    fit = lambda batches: anatomy(reconstruct(small, model, batches, plan, ridge=0.1)).final_norm
+    torch.testing.assert_close(fit(plain).weight, fit(padded).weight, atol=1e-4, rtol=1e-4)
+
+
 # --- a rival with full forward passes, all activations, and numpy's least squares
 
 
@@ -65,9 +73,8 @@ def naive_trace(model, batches):
             )
         )
     end = parts.num_layers
-    hooks.append(
-        parts.final_norm.register_forward_pre_hook(lambda _, a: add(states, end, flat(a[0])))
-    )
+    last = lambda _, a: add(states, end, flat(a[0]))
+    hooks.append(parts.final_norm.register_forward_pre_hook(last))
     for key, module in projections(model).items():
 
         def keep(_, args, output, key=key):

@@ -77,9 +77,8 @@ def test_all_forms_of_several_images_are_one():
         assert entry["image"] == ["0.png", "1.png"] and read_entry(entry, 0) == entry
         assert instructions.turns(entry) == [("same?", "no")]
     system = {"role": "system", "content": "Be brief."}
-    entry = read_entry(
-        {"messages": [system, {"role": "user", "content": [*listed, text]}, answer]}, 0
-    )
+    user = {"role": "user", "content": [*listed, text]}
+    entry = read_entry({"messages": [system, user, answer]}, 0)
     assert entry["system"] == "Be brief." and instructions.turns(entry) == [("same?", "no")]
     amid = {"messages": [{"role": "user", "content": [listed[0], text, listed[1]]}, answer]}
     assert instructions.turns(read_entry(amid, 0))[0][0] == f"{MARK}\nsame?\n{MARK}"

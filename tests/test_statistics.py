@@ -146,9 +146,10 @@ def test_settings_that_contradict_are_counted_beside_the_average():
     assert Verdict("A.", halves, "", margin=5.0).word == "undecided"
 
 
-@given(
-    st.floats(0.01, 0.99), st.floats(0, 5), st.sampled_from([(0, 1), (-1, 1), (-np.inf, np.inf)])
-)
+BOUNDS = (0, 1), (-1, 1), (-np.inf, np.inf)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 5), st.sampled_from(BOUNDS))
 @settings(max_examples=60, deadline=None)
 def test_intervals_stay_within_what_is_possible(share, half, bounds):
     floor, top = bounds

@@ -58,7 +58,7 @@ def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
         assert abs(its.achieved.mean() - float(str(removed).split()[0])) < 6e-4
 
 
-@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 15), ("unseen", [3, 3], 10)])
+@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 15), ("unseen", [3, 3], 15)])
 def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     folder = ROOT / "figures" / profile
     lines = pd.read_csv(folder / "experiments.csv.xz")

@@ -147,9 +147,8 @@ def copy(_copy) -> Copy:
 def cell_of(guide: str, start: str) -> str:
     "The code cell of a guide that holds a text, without its assertions."
     cells = json.loads((ROOT / f"nbs/guides/{guide}.ipynb").read_text(encoding="utf-8"))["cells"]
-    text = next(
-        t for c in cells if c["cell_type"] == "code" and start in (t := "".join(c["source"]))
-    )
+    codes = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    text = next(code for code in codes if start in code)
     return "\n".join(line for line in text.splitlines() if not line.startswith("assert "))
 
 

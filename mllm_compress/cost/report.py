@@ -73,7 +73,8 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     tokenizer = getattr(processor, "tokenizer", processor)
     if getattr(processor, "chat_template", None):
         question = Renderer(processor).text([(question, "")], 0, prompt_only=True)
-    return len(tokenizer(question)["input_ids"])
+    begun = question.startswith(tokenizer.bos_token or "\0")
+    return len(tokenizer(question, add_special_tokens=not begun)["input_ids"])
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-023
 @torch.no_grad()

@@ -247,7 +247,7 @@ class Renderer:
                 f"The chat template renders {placeholders} placeholders {token!r} for "
                 f"{len(images)} pictures: remove {token!r} from the texts, or correct the template."
             )
-        begun = not self.multimodal and text.startswith(self.tokenizer.bos_token or "\0")
+        begun = text.startswith(self.tokenizer.bos_token or "\0")
         out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
         places = out["offset_mapping"]  # of tokens: first character, character after the last
         overlap = lambda a, b: [start < end and start < b and a < end for start, end in places]

@@ -180,7 +180,8 @@ def _read_turns(entry: dict, raw, answered: bool) -> tuple:  # (turns, their pic
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-032
 def _stored_images(entry: dict) -> list:
     "What `image` or `images` holds, as a list."
-    stored = [entry[key] for key in ("image", "images") if entry.get(key) not in (None, [])]
+    given = (entry.get(key) for key in ("image", "images"))  # of arrays, too
+    stored = [v for v in given if not isinstance(v, list | None) or v]
     lists = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stored]
     if lists[1:] and lists[0] != lists[1]:
         cure = "name all of them in 'images', in the order of the markers"

@@ -238,11 +238,7 @@ class Asked:
     cache: DynamicCache  # of the prompt
 
 
-def read_questions(
-    parts,  # Anatomy
-    prefix: Prefix,
-    prompts: list,  # of Prompt
-) -> Asked:
+def read_questions(parts, prefix: Prefix, prompts: list) -> Asked:  # as for `read_prefixes`
     "One pass over the questions' own tokens, behind their prefixes."
     rows = [prefix.row[p.shared, p.images] for p in prompts]
     rows = torch.tensor(rows, device=prefix.mask.device)
@@ -371,7 +367,8 @@ def prepare(model, processor, questions: list) -> tuple:
     joint = "" if end[-1:].isspace() else " "
     tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
     tokens[""], prompts = [], []
-    for place, row in enumerate(tokenizer(rendered)["input_ids"]):
+    begun = rendered[0].startswith(tokenizer.bos_token or "\0")  # the template writes it
+    for place, row in enumerate(tokenizer(rendered, add_special_tokens=not begun)["input_ids"]):
         cut = len(row) - row[::-1].index(token) if keys[place] else 0
         candidates = tuple(tokens[c] for c in questions[place].candidates)
         parts = tuple(row[:cut]), tuple(row[cut:]), keys[place]

@@ -175,8 +175,8 @@ def check_batches(
         )
     for k, batch in enumerate(batches):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if ids is None:
-            raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
+        if not torch.is_tensor(ids):
+            raise ValueError(f"batch {k} has no input_ids as a tensor: {batch!r:.80}.")
         shape = tuple(ids.shape)
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(
@@ -188,7 +188,7 @@ def check_batches(
                     f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {shape}; "
                     "calibration batches hold one conversation per row."
                 )
-    return batches
+    return [{k: v for k, v in batch.items() if v is not None} for batch in batches]
 
 # %% ../../nbs/library/importance/01_scores.ipynb #tensor-hashes
 def tensor_hashes(

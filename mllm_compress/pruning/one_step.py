@@ -185,7 +185,7 @@ def in_rounds(
     "A plan continued: what is left is refitted and scored, and loses its part of the ratio."
     for k in range(2, rounds + 1):
         small = fit(apply_plan(model, plan), plan)
-        more = 1 - (1 - ratio * k / rounds) / (1 - plan.achieved_ratio)
+        more = max(0.0, 1 - (1 - ratio * k / rounds) / (1 - plan.achieved_ratio))
         again = replan(small, score(small), more)
         plan = replace(compose_plans(plan, again), requested_ratio=ratio)
     return plan
@@ -250,7 +250,7 @@ def plan_by_recipe(
                 f"{recipe.method} scores layers already; a share for layers goes with a method for "
                 "heads and neurons, such as gauss_newton."
             )
-        kinds = ["layerwise"] * bool(layer_method) + [kind]
+        kinds = [pruning_of(layer_method, "layerwise"), kind] if layer_method else [kind]
         drawn = [replace(measure(k, "random", model, None, 0), kind=recipe.method) for k in kinds]
         about = dict(layer_share=layer_share, protect=protect, round_to=round_to, budget=budget)
         plan_by_recipe(model, recipe, None, ratio, scores=drawn, costs=costs, **about)  # an error
@@ -330,8 +330,10 @@ def prune(
     "Score, plan, apply and refit."
     if budget is None:
         ratio = 0.3 if ratio is None else ratio
-    if scores is not None and (method or recipe or pruning):
-        raise ValueError("method, pruning and recipe have no effect beside scores: leave them out.")
+    if scores is not None and (method or recipe or pruning or layer_method):
+        raise ValueError(
+            "methods, pruning and recipe have no effect beside scores: leave them out."
+        )
     if scores is None:
         named = dict(method=method, pruning=pruning, allocation=allocation, shape=shape)
         chosen = choose_recipe(recipe, reconstruct=reconstruct, **named)

@@ -98,8 +98,10 @@ def plan_layerwise(
         other = "use plan_widthwise, or score layers (method block_influence)."
         check_kind(scores, LayerScores, other, model)
     total = anatomy(model).num_layers
-    removed = layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
-    if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
+    removed = (
+        layers_to_remove(model, scores, ratio, n_layers) if layers is None else [*map(int, layers)]
+    )
+    if not (set(removed) <= set(range(total)) and len(set(removed)) == len(removed) < total):
         raise ValueError(
             f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, "
             f"not {removed}."
@@ -223,6 +225,9 @@ def plan_widthwise(
     other = "use plan_layerwise, or score heads and neurons (method taylor)."
     check_kind(scores, WidthScores, other, model)
     check_choice("allocation", allocation, ALLOCATIONS)
+    own = base is None or base.num_layers == anatomy(model).num_layers
+    if not own or base and (base.heads or base.neurons or base.experts):
+        raise ValueError("base: a layerwise plan of this model is needed; see compose_plans, too.")
     if allocation != "layer":
         if shape != "blockwise" or channel_ratio is not None or protect is not None:
             raise ValueError(

@@ -344,7 +344,8 @@ def compose_plans(
             if len(kept) < first.meta["sizes"][original].get(kind, 0):
                 units[kind][original] = kept
     alike = any(units.values()) and "blockwise" not in (first.shape, second.shape)
-    meta = first.meta | {
+    ended = ("budget", "achieved_budget", "costs", "search")  # of the first plan alone
+    meta = {k: v for k, v in first.meta.items() if k not in ended} | {
         "scores": second.meta.get("scores"),
         "plans": [*first.meta.get("plans", [repr(first)]), repr(second)],
     }
@@ -387,6 +388,7 @@ def draw_plan(
     for ax, kind in zip(axes, ("heads", "experts" if mixed else "neurons")):
         grid = kept_grid(plan, kind)
         ax.imshow(grid, aspect="auto", interpolation="nearest", **colors)
-        ax.set(xlabel=kind[:-1], ylabel="layer", title=f"{grid.mean():.0%} of {kind} kept")
+        share = grid.sum() / max(1, sum(size.get(kind, 0) for size in plan.meta["sizes"]))
+        ax.set(xlabel=kind[:-1], ylabel="layer", title=f"{share:.0%} of {kind} kept")
     axes[0].figure.suptitle(repr(plan), fontsize=9)
     return axes

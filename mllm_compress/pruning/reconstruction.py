@@ -30,6 +30,7 @@ from ..importance.scores import Reached
 from .pruning_plan import PruningPlan, layer_sizes
 from .slicing import check_describes, check_fits
 from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, Method, check_choice
+from ..zoo.models import cast
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-005
 BLOCK = 128  # columns of a Gram matrix at once
@@ -235,7 +236,11 @@ def open_streams(
         if labels is None:  # a plain LM predicts every token
             labels = batch["input_ids"].masked_fill(~real.to(labels_on), -100)
             labels = labels if anatomy(dense).wrapper is None else torch.full_like(labels, -100)
-        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(device)
+        targets = (
+            torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            .to(device)
+            .masked_fill(~real, -100)
+        )
         calls = [tree_map(float_, arguments) for arguments in front.calls]
         own = {"shared_kv_states": {}} if "shared_kv_states" in calls[0] else {}
         calls = calls, [arguments | own for arguments in calls]
@@ -436,7 +441,7 @@ def fit_stage(
     before, (train, held) = torch.cat([m.weight.double() for m in modules], 1), moments
     biased, both, error = [m for m in modules if m.bias is not None], train + held, float("nan")
     offset = sum((m.bias.double() for m in biased), torch.zeros_like(before[:, 0]))
-    if ridge is None or isinstance(ridge, tuple):
+    if ridge is None or isinstance(ridge, (list, tuple)):
         candidates = ridge or RIDGES
         dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
         errors = held_out_errors(train, held, before, bool(biased), candidates, dtype)
@@ -507,7 +512,7 @@ MARK = "reconstructed"  # attribute of the config of a reconstructed model
 def mark_of(plan: PruningPlan, rows: list, ridge: float | tuple | None) -> dict:
     "The mark for the config of a reconstructed model, from the `rows` of its report."
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-    given = None if isinstance(ridge, tuple) else ridge
+    given = None if isinstance(ridge, (list, tuple)) else ridge
     return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": given}
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-010
@@ -537,7 +542,7 @@ def check_calibration(small: PreTrainedModel, batches: list, ridge: float | tupl
             f"more than {needed} tokens are needed, and ten times as many are advisable "
             "(--samples); or leave the refit out (--no-reconstruct)."
         )
-    chosen = ridge is None or isinstance(ridge, tuple)
+    chosen = ridge is None or isinstance(ridge, (list, tuple))
     if not chosen and not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge={ridge}: a number of at least 0 is needed, or None to choose it.")
     if chosen and sum(sum(sample_groups(b)) for b in batches) < HELD:
@@ -716,13 +721,15 @@ def compensate_bias(small, dense, batches: list, plan: PruningPlan) -> PreTraine
 def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTrainedModel:
     "A linear map in place of removed layers (Shopkhoev et al. 2025, eq. 6)."
     check_pruned(small, dense, plan)
-    dtype, small = small.dtype, copy.deepcopy(small)
+    dtype, small = small.dtype, copy.deepcopy(small).eval()
     if dtype != (wide := torch.promote_types(dtype, torch.float32)):
         small, dense = small.to(wide), copy.deepcopy(dense).to(wide)
     before, after, streams = anatomy(dense), anatomy(small), open_streams(small, dense, batches)
     advance_dense(before, streams, range(plan.layers[0]))
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         advance_dense(before, streams, range(i, end))
+        for s in streams:
+            s.pruned = scores.plus(s.pruned, s.between[i])
         if end > i + 1:
             moments, slot = Moments(), after.writers(j)[-1]
             for s in streams:
@@ -737,7 +744,7 @@ def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTraine
                 p.copy_(fitted @ p.double())
         for s in streams:
             s.pruned = after.layers[j](s.pruned, **s.again[i])
-    return small.to(dtype)
+    return cast(small, dtype)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014x
 RECONSTRUCTIONS = {

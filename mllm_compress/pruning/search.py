@@ -27,6 +27,7 @@ from ..anatomy.streaming import evaluating, hooked, is_streamed
 from ..importance.criteria import measure
 from mllm_compress.importance.scores import (
     check_batches,
+    check_record,
     model_record,
     open_passages,
     plus,
@@ -121,7 +122,8 @@ class SharedSums:
         slots = self.parts.writers(i)
         for k, (passage, real) in enumerate(zip(self.passages, self.real)):
             state = passage.enter(i, self.ends[i - 1][k] if i else None)
-            with hooked(s.module.register_forward_pre_hook(keep(s.name)) for s in slots):
+            hooks = (s.module.register_forward_pre_hook(keep(s.name)) for s in slots)
+            with evaluating(self.parts.model), hooked(hooks):
                 end = self.parts.layers[i](state, **passage.calls[i])
             weight = end[real].float().square().mean(-1).clamp_min(1e-12).rsqrt()
             yield {n: x[real].float() * weight[:, None] for n, x in seen.items()}, end, weight
@@ -545,6 +547,10 @@ def search(
     costs, batches = costs_of_budget(model, budget, costs), check_batches(batches)
     seconds, needed = check_time(model, batches, minutes)
     layers, widths = (None, None) if scores is None else scores_by_kind(scores)
+    for given in filter(None, (layers, widths)):
+        check_record(given, model_record(model))
+    if layers and len(layers.values) != anatomy(model).num_layers:
+        raise ValueError("scores of blocks of layers: a search needs those of single layers.")
     layers = layers or measure("layerwise", "block_influence", model, batches)
     widths = widths or measure("widthwise", "gauss_newton", model, batches)
     space = Space(model, widths, layers, budget, costs, round_to)

@@ -113,6 +113,9 @@ def sync_config(
             setattr(config, name, [values[i] for i in kept])
     if dense := getattr(config, "first_k_dense_replace", None):  # the first have no experts
         config.first_k_dense_replace = sum(i < dense for i in kept)
+    if hasattr(config, "mlp_only_layers"):  # those without experts (Qwen)
+        plain = [j for j in range(len(kept)) if not parts.routed(j)]
+        config.update({"mlp_only_layers": plain, "decoder_sparse_step": 1})
     alike = [{n: v for n, v in c.items() if n not in o} for c, o in zip(counts, overrides)]
     shared = {name: value for c in alike for name, value in c.items()}
     uniform = all(shared[name] == value for c in alike for name, value in c.items())
@@ -138,10 +141,11 @@ def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
     planned = [{kind: s.get(kind, 0) for kind in UNITS} for s in plan.meta.get("sizes", sizes)]
     same = (plan.model_type, plan.num_layers) == (parts.family.name, parts.num_layers)
     if not same or planned != sizes:
+        i = next((k for k, (a, b) in enumerate(zip(planned, sizes)) if a != b), 0)
         raise ValueError(
             f"this plan was made for {plan.model_type} with {plan.num_layers} layers, "
-            f"first {planned[0]}; the model is {parts.family.name} with {parts.num_layers} "
-            f"layers, first {sizes[0]}. Make a plan for this model."
+            f"layer {i} {planned[i]}; the model is {parts.family.name} with {parts.num_layers} "
+            f"layers, layer {i} {sizes[i]}. Make a plan for this model."
         )
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-020
@@ -161,7 +165,7 @@ def cut(
     parts.decoder.layers = nn.ModuleList(parts.layers[i] for i in plan.layers)
     sync_modules(parts, sync_config(parts, plan.layers))
     if "num_experts" in vars(model):  # for the loss that balances them
-        model.num_experts = parts.units("experts", parts.num_layers - 1)
+        model.num_experts = max(parts.units("experts", i) for i in range(parts.num_layers))
     return model
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-024

@@ -91,7 +91,7 @@ def _mistakes(e: Experiment):
     for name in ("seed", "calibration_seed", "epochs"):
         if (value := getattr(e, name)) < 0:
             yield f"{name} {value} is negative: use 0, 1, 2 and so on."
-    design, _, count = e.calibration.partition(" ")
+    design, _, count = str(e.calibration).partition(" ")
     fits = design in DESIGNS and count.isdecimal() and int(count)
     if e.calibration != "default" and not fits:
         yield (

@@ -65,8 +65,9 @@ ASSUMED = (
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-018
 def hours_of(experiment: Experiment, profile: Profile, config, ratio: float) -> float:
     "GPU hours of training and evaluation, with this ratio of the decoder removed."
-    e, limit = experiment, profile.evaluation.questions
-    questions = sum(min(QUESTIONS.get(n, limit), limit) for n in profile.evaluation.benchmarks)
+    e, asked = experiment, profile.evaluation
+    limits = {n: asked.limits.get(n, asked.questions) for n in asked.benchmarks}
+    questions = sum(min(QUESTIONS.get(n, limit), limit) for n, limit in limits.items())
     work = questions * memory.sample_operations(config, ratio)
     if e.recovery != "none":
         recovery = recovery_config(e, profile)

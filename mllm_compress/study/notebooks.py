@@ -224,10 +224,10 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
         shown = {k: v for k, v in result.items() if k not in ("record", "training")}
         contents[name_of(experiment, profile)] = content_hash(shown) if result else ""
     if _tagged(nb, "profiles"):
-        others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
-        for name in sorted(others - {profile.name}):
-            beside += figure_files(name, "10_findings-verdicts.json")
-        beside += figure_files(profile.name, "1[12]_*-verdicts.json")
+        names = {p.parent.name for p in (checkout() / "figures").glob("*/*-verdicts.json")}
+        for name in sorted(names | {profile.name}):
+            beside += figure_files(name, "*-verdicts.json")
+        beside += sorted((checkout() / "figures" / "bench").glob("*.csv"))
     return {
         "source": [cell.source for cell in nb.cells],
         "parameters": given,

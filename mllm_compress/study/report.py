@@ -73,7 +73,7 @@ class Report:
         lists = [v if isinstance(v, list | tuple) else [v] for v in grid.values()]
         ways = [dict(zip(grid, values)) for values in product(*lists)]
         for name, some in fewer.items():  # "ratios": the only values of "ratio"
-            ways = [way for way in ways if way.get(name[:-1], some[0]) in some]
+            ways = [way for way in ways if name[:-1] not in way or way[name[:-1]] in some]
         at = [{k: v(way["ratio"]) if callable(v) else v for k, v in way.items()} for way in ways]
         return [Experiment(**values) for values in at]  # a function depends on the ratio
 
@@ -170,7 +170,8 @@ class Report:
         measured = claim.effects(in_nats(claims.claimed(frame)))
         effects = {where: e for where, e in measured.items() if where in verdict.settings}
         text = f"By the log-likelihood of the right answers: {claim.text}"
-        same = {"rivals": verdict.rivals, "parts": verdict.parts, "unit": "nats per answer"}
+        same = {name: getattr(verdict, name) for name in ("rivals", "parts", "missing")}
+        same["unit"] = "nats per answer"
         return self.verdict(text, effects or measured, name="nats", **same)
 
     def claim(self, claim: Claim, frame: pd.DataFrame, name="verdict") -> Verdict:

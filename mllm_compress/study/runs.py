@@ -36,6 +36,7 @@ def frame_of(
     for experiment in dict.fromkeys(experiments):
         same = asdict(experiment) | {"requested_ratio": experiment.ratio}
         same["importance"] = method_of(experiment)
+        same |= {"result": name_of(experiment, profile)}
         result = stages.result_of(experiment, profile, results)
         if result is None:
             message = errors.get(canonical(experiment), "not computed")
@@ -44,7 +45,6 @@ def frame_of(
         same |= {"status": "done", "error": ""} | result["record"]
         same |= {"precision": result["training"].get("precision")}
         same |= {name: result[name] for name in ("achieved_ratio", "decoder_ratio")}
-        same |= {"result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
             nats = result["log_likelihoods"].get(name)

@@ -62,7 +62,8 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
         return f"{statistics.Estimate(**record['average']):+1}"
     words, last = record["words"], len(record["words"]) - 1
     of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]
-    short = lambda at: re.sub(".* at |,.*", "", at)
+    models = {at.partition(" at ")[0] for at in words}
+    short = lambda at: re.sub(".* at |,.*" if len(models) == 1 else ",.*", "", at)
     texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({short(at)})" for v, w, at in of)
     text = re.sub(r"(\d+ %) and below", r"≤\1", "; ".join(texts))
     return re.sub(r"(\d+ %) and above", r"≥\1", text)

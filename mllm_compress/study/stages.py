@@ -494,7 +494,9 @@ def unpacked_answers(value: dict) -> list:  # of Answer
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
     value = lambda stage, name: value_of(stage, canonical(experiment), profile, results, name)
-    scores = [name for name in profile.evaluation.benchmarks if value("score", name) is None]
+    lost = lambda name: not results.path("answers", key_of("answers", e, profile, name)).exists()
+    e, names = canonical(experiment), profile.evaluation.benchmarks
+    scores = [name for name in names if value("score", name) is None or lost(name)]
     return {"score": scores, "answers": [name for name in scores if value("answers", name) is None]}
 
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-010

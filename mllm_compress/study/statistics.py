@@ -221,7 +221,7 @@ def paired(
         return estimate([])
     both = [rows[rows.seed.isin(shared)] for rows in (first, second)]
     a, b = map(original.arrays, both)
-    gaps, about = {name: a[name] - b[name] for name in a}, {"floor": -original.top}
+    gaps, about = {n: a[n] - b[n] for n in a if n in b}, {"floor": -original.top}
     about["ratio"] = float(np.mean([rows.achieved_ratio.mean() for rows in both]))
     if a and "measure" not in first:
         about["better"] = max(float(np.mean([v.mean() for v in side.values()])) for side in (a, b))
@@ -323,7 +323,7 @@ def average(
         parts.append(cluster_variance(by_seed))
         freedoms.append(max(len(by_seed) - 1, 1))
     if single := sum(e.seeds == 1 for e in known) * bool(several):
-        parts.append(single / k**2 * np.mean([e.spread * e.seeds for e in several]))
+        parts.append((single / k) ** 2 * np.mean([e.spread * e.seeds for e in several]))
         freedoms.append(len(several))
     uncertain = sum(v**2 / f for v, f in zip(parts, freedoms) if v)
     numbers = {"n": max(e.n for e in known), "seeds": max(e.seeds for e in known)}
@@ -507,7 +507,8 @@ class Verdict:
             ends = [e.at(part.level) for e in part.settings.values() if e.seeds != 1]
             if any(e.low > self.margin or e.high < -self.margin for e in ends):
                 verdict = UNDECIDED
-        return UNDECIDED if self.missing and verdict != CONTRADICTED else verdict
+        lacking = self.missing or len(self.by_part) < len(self.parts)
+        return UNDECIDED if lacking and verdict != CONTRADICTED else verdict
 
     @property
     def used(self) -> object:  # a Basis, or words

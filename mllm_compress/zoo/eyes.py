@@ -55,7 +55,6 @@ def with_eyes(
     tower: EfficientNetModel,
 ) -> tuple:  # (transformers.FastVlmForConditionalGeneration, transformers.LlavaProcessor)
     "A language model behind a tower and an untrained projector."
-    torch.manual_seed(0)  # of the new projector
     config = transformers.FastVlmConfig(
         vision_config=tower.config,
         text_config=model.config,
@@ -63,7 +62,9 @@ def with_eyes(
         image_seq_length=(SIDE // STRIDE) ** 2,
         tie_word_embeddings=model.config.tie_word_embeddings,
     )
-    together = transformers.FastVlmForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the new projector
+        together = transformers.FastVlmForConditionalGeneration(config)
     together.model.vision_tower.load_state_dict(tower.state_dict())
     together.model.language_model.load_state_dict(model.model.state_dict())
     together.lm_head.load_state_dict(model.lm_head.state_dict())

@@ -168,7 +168,7 @@ def cast(
 ) -> torch.nn.Module:  # the same
     "Change the number format of a model's weights, and of nothing else."
     for p in model.parameters():
-        p.data = p.data.to(dtype)
+        p.data = p.data.to(dtype) if p.is_floating_point() else p.data  # quantized ones stay
     return model
 
 # %% ../../nbs/library/zoo/01_models.ipynb #finite-code

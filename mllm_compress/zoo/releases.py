@@ -201,11 +201,8 @@ def read_release(
     )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-032
-def native_config(
-    folder: str | Path,  # in an original layout
-    tower: str | Path | None = None,  # folder of a separate vision tower
-) -> PreTrainedConfig:
-    "The native config of an original checkpoint."
+def native_config(folder: str | Path, tower: str | Path | None = None) -> PreTrainedConfig:
+    "The native config of an original checkpoint; arguments as for `read_release`."
     folder = Path(folder)
     release, original, place = read_release(folder, tower)
     sizes = place / "config.json" if place else folder / "vision_tower_config.json"
@@ -440,12 +437,8 @@ def read_processor(source: OriginalCheckpoint):  # -> native processor, or image
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-convert-cell-006
 @torch.no_grad()
-def load_original(
-    folder: str | Path,  # in an original layout
-    tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
-    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
-) -> tuple:  # (native model in evaluation mode, processor or image processor)
-    "Load an original checkpoint into native classes, without writing a file."
+def load_original(folder: str | Path, tower=None, dtype: torch.dtype | None = None) -> tuple:
+    "Native model in evaluation mode and processor, of the arguments of `open_original`."
     source = open_original(folder, tower, dtype)
     config, dtype = source.model.config, source.model.dtype
     with no_init_weights():
