@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_refit_files import Peak
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mllm_compress.evaluation.benchmarks import Question
+from mllm_compress.evaluation.generation import prepare
 from mllm_compress.zoo.releases import (
     CHAT_TEMPLATES,
     REAL_MODELS,
@@ -224,6 +226,13 @@ def test_chat_templates_by_the_character(name):
     assert render(turns) == PROMPTS[name] + TWO_TURNS[name]
     own = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert "Be brief." in own and "assistant gives" not in own
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(tiny_lm):
+    tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 200)
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATES["vicuna_v1"]
+    (prompt,) = prepare(tiny_lm("llama", vocab=200), tokenizer, [Question("1", "same?", "no")])[1]
+    assert [*prompt.shared, *prompt.own].count(1) == 1 == tokenizer("").input_ids.count(1)
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])

@@ -26,12 +26,7 @@ from mllm_compress.recovery.best_state import held_out_samples
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, learning_rate, run_identity
 from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_attention
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
-from mllm_compress.recovery.training import (
-    NonFiniteLoss,
-    RecoveryTrainer,
-    recover,
-    training_arguments,
-)
+from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, recover
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo.models import load_model
 
@@ -230,7 +225,8 @@ def test_projector_alone(run, pair, data):
 
 
 def test_a_warmup_may_take_all_steps(tmp_path):
-    arguments = training_arguments(RecoveryConfig(**SFT, warmup=1.0), tmp_path, 0, None, {})
+    config = RecoveryConfig(**SFT, warmup=1.0)
+    arguments = training.training_arguments(config, tmp_path, 0, None, {})
     assert arguments.get_warmup_steps(100) == 100
 
 

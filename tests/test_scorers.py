@@ -79,9 +79,9 @@ WORTH = [
         },
     ),
     ("anls", {"answer": ["abcd"]}, {0: ["ab"]}),  # exactly one half
-    ("mathvista", number("14", "integer"), {1: ["14", "The number is 14.", "14.7"], 0: ["1e999"]}),
+    ("mathvista", number("14", "integer"), {1: ["14", "The number is 14.", "14.7"], 0: ["none"]}),
     ("mathvista", number("1400", "integer", 0.0), {1: ["1,400"]}),
-    ("mathvista", number("-3", "integer"), {1: ["-3"]}),
+    ("mathvista", number("-3", "integer"), {1: ["-3"], 0: ["1e999"]}),
     ("mathvista", number("0.6", "float", 1.0), {1: ["0.6", "0.60", "0.64"], 0: ["0.66"]}),
     ("mathvista", number("1.45", "float", 2.0), {1: ["1.45"], 0: [""]}),
     (

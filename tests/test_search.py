@@ -158,6 +158,7 @@ MISTAKES = {
         "cannot be met: no fixed plan",
     ),
     "no scores": (dict(scores=scored()[:1] + ["seven"]), "give scores of layers, of heads"),
+    "blocks": (dict(scores=[LayerScores([1.0], "x", {})]), "those of single layers"),
     "few tokens": (dict(batches=1), "calibration tokens are too few"),
 }
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..anatomy.families import lm_parameters, part_parameters
 from . import arithmetic, timing
 from .memory import FORMS, peak_memory, pruned_on_meta
-from ..data.batches import Renderer
+from ..data.batches import Renderer, begun
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-011
 SCALES = {  # unit -> (name, size), the largest that fits is printed
@@ -73,8 +73,8 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     tokenizer = getattr(processor, "tokenizer", processor)
     if getattr(processor, "chat_template", None):
         question = Renderer(processor).text([(question, "")], 0, prompt_only=True)
-    begun = question.startswith(tokenizer.bos_token or "\0")
-    return len(tokenizer(question, add_special_tokens=not begun)["input_ids"])
+    special = not begun(tokenizer, question)
+    return len(tokenizer(question, add_special_tokens=special)["input_ids"])
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-023
 @torch.no_grad()

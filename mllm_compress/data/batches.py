@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_CHAT', 'SHAPES', 'PICTURE_INPUTS', 'TURNS', 'DATA_VERSION', 'SizedCache', 'question_parts', 'pictures_amid',
-           'set_chat_template', 'pad_id', 'stop_tokens', 'placeholder_id', 'process_images', 'expand', 'Renderer',
-           'packed_mask', 'pack', 'blocks', 'Collator', 'processor_hash']
+           'set_chat_template', 'pad_id', 'stop_tokens', 'placeholder_id', 'process_images', 'expand', 'begun',
+           'Renderer', 'packed_mask', 'pack', 'blocks', 'Collator', 'processor_hash']
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-003
 import hashlib
@@ -147,6 +147,11 @@ def expand(
     return re.sub(re.escape(token), lambda _: next(images_left, ""), text) if images else text
 
 
+def begun(tokenizer, text: str) -> bool:
+    "Whether a text, as some chat templates render it, has the tokenizer's first token already."
+    return text.startswith(tokenizer.bos_token or "\0")
+
+
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
@@ -247,8 +252,8 @@ class Renderer:
                 f"The chat template renders {placeholders} placeholders {token!r} for "
                 f"{len(images)} pictures: remove {token!r} from the texts, or correct the template."
             )
-        begun = text.startswith(self.tokenizer.bos_token or "\0")
-        out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        special = not begun(self.tokenizer, text)
+        out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         places = out["offset_mapping"]  # of tokens: first character, character after the last
         overlap = lambda a, b: [start < end and start < b and a < end for start, end in places]
         for (begin, end), (_, answer) in zip(spans, pairs):  # whose words may be laid out anew

@@ -367,8 +367,8 @@ def prepare(model, processor, questions: list) -> tuple:
     joint = "" if end[-1:].isspace() else " "
     tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
     tokens[""], prompts = [], []
-    begun = rendered[0].startswith(tokenizer.bos_token or "\0")  # the template writes it
-    for place, row in enumerate(tokenizer(rendered, add_special_tokens=not begun)["input_ids"]):
+    special = not batches.begun(tokenizer, rendered[0])
+    for place, row in enumerate(tokenizer(rendered, add_special_tokens=special)["input_ids"]):
         cut = len(row) - row[::-1].index(token) if keys[place] else 0
         candidates = tuple(tokens[c] for c in questions[place].candidates)
         parts = tuple(row[:cut]), tuple(row[cut:]), keys[place]

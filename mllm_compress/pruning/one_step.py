@@ -331,9 +331,7 @@ def prune(
     if budget is None:
         ratio = 0.3 if ratio is None else ratio
     if scores is not None and (method or recipe or pruning or layer_method):
-        raise ValueError(
-            "methods, pruning and recipe have no effect beside scores: leave them out."
-        )
+        raise ValueError("beside scores, methods, pruning and recipe have no effect: omit them.")
     if scores is None:
         named = dict(method=method, pruning=pruning, allocation=allocation, shape=shape)
         chosen = choose_recipe(recipe, reconstruct=reconstruct, **named)

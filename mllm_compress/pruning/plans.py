@@ -98,9 +98,7 @@ def plan_layerwise(
         other = "use plan_widthwise, or score layers (method block_influence)."
         check_kind(scores, LayerScores, other, model)
     total = anatomy(model).num_layers
-    removed = (
-        layers_to_remove(model, scores, ratio, n_layers) if layers is None else [*map(int, layers)]
-    )
+    removed = layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
     if not (set(removed) <= set(range(total)) and len(set(removed)) == len(removed) < total):
         raise ValueError(
             f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, "
@@ -112,7 +110,7 @@ def plan_layerwise(
         requested_ratio=ratio,
         method="layerwise",
         shape="layers",
-        removal_order=removed,
+        removal_order=[*map(int, removed)],  # NumPy has integers of its own
         scores=scores and scores.record,
     )
 

@@ -236,11 +236,8 @@ def open_streams(
         if labels is None:  # a plain LM predicts every token
             labels = batch["input_ids"].masked_fill(~real.to(labels_on), -100)
             labels = labels if anatomy(dense).wrapper is None else torch.full_like(labels, -100)
-        targets = (
-            torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            .to(device)
-            .masked_fill(~real, -100)
-        )
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(device)
+        targets = targets.masked_fill(~real, -100)  # padding predicts nothing
         calls = [tree_map(float_, arguments) for arguments in front.calls]
         own = {"shared_kv_states": {}} if "shared_kv_states" in calls[0] else {}
         calls = calls, [arguments | own for arguments in calls]
