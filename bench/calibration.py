@@ -2,8 +2,9 @@
 
 Nothing is trained. Windows of 128 tokens without padding, as many of each kind; scores by
 Gauss-Newton on the first of them, one ranking over all layers, and the refit on all that `--refit`
-asks for. Two texts are foreign to all calibration sets: an installation manual and licences.
-`own` is what the model writes with nothing before it. Rows that the table has are not run again.
+asks for; `--of` says what the scores preserve. Two texts are foreign to all calibration sets: an
+installation manual and licences. `own` is what the model writes with nothing before it. Rows that
+the table has are not run again.
 
     python bench/calibration.py [--sets four] [--refit 4096 16384] [--scores 4096] [--seed 0]
 """
@@ -23,7 +24,7 @@ import torch
 from machine import facts, text
 
 from mllm_compress.data.self_data import own_data
-from mllm_compress.importance.gauss_newton import gauss_newton
+from mllm_compress.importance.gauss_newton import PRESERVED, gauss_newton
 from mllm_compress.pruning import apply_plan, plan_widthwise, reconstruct
 from mllm_compress.study.texts import documents
 
@@ -115,7 +116,8 @@ def rows(options, known: pd.DataFrame):
     model, tokenizer = text.load()
     drawn = lambda k: windows(model, tokenizer, k, "test", options.windows, options.seed)
     held = {k: drawn(k) for k in TESTS}
-    about = dict(model=text.NAME, seed=options.seed, windows=options.windows, ratio=options.ratio)
+    about = {k: getattr(options, k) for k in ("seed", "windows", "ratio", "of")}
+    about = {"model": text.NAME} | about
     most = max(*options.scores, *options.refit)
     many = product(options.sets, options.scores, options.refit)
     batches, scored = {}, {}  # by set, and by set and tokens of the scores
@@ -130,7 +132,7 @@ def rows(options, known: pd.DataFrame):
             some = lambda n: batches[name][: n // (8 * text.WINDOW)]
             start = time.process_time()
             if (name, score_tokens) not in scored:
-                scores = gauss_newton(model, some(score_tokens))
+                scores = gauss_newton(model, some(score_tokens), of=options.of)
                 scored[name, score_tokens] = scores, time.process_time() - start
             (scores, seconds), start = scored[name, score_tokens], time.process_time()
             plan = plan_widthwise(model, scores, ratio=options.ratio, allocation="global")
@@ -162,6 +164,7 @@ def main():
     parser.add_argument("--scores", type=int, nargs="+", default=[4096])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--of", default="labels", choices=list(PRESERVED))
     parser.add_argument("--out", type=Path, default=OUT)
     run("calibration.py", rows, parser.parse_args())
 

@@ -108,7 +108,7 @@ FEATURES = dict(vision_feature_layers=BOTH, vision_feature_layer=BOTH)
 FULL = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
 MLLMS = {
     "llava-llama": row("llava", "llama", CLIP, **LAST),
-    "llava-phi3": row("llava", "phi3", CLIP, **LAST),
+    "llava-phi3": row("llava", text("phi3", sliding_window=8), CLIP, **LAST),
     "llava-pixtral": row("llava", "mistral", PIXTRAL, **FULL),
     "fast-vlm": row("fast_vlm", "llama", CONVOLVED, image_seq_length=4),
     "vipllava": row("vipllava", "llama", CLIP, **FEATURES),

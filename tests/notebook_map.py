@@ -12,10 +12,10 @@ from pathlib import Path
 import nbformat
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
-ROOMS = (
+PACKAGES = (
     "utils anatomy zoo data importance pruning checkpoint recovery evaluation cost study".split()
 )
-ROOMS += ["cli"]  # as they may import each other
+PACKAGES += ["cli"]  # as they may import each other
 METHOD = ["anatomy", "importance", "pruning", "recovery", "evaluation", "cost"]  # read these first
 REST = ["zoo", "data", "checkpoint", "study", "cli", "utils"]
 START = ["quickstart", "play", "compress_your_own"]
@@ -25,10 +25,10 @@ Written by `python tests/notebook_map.py` from the first cell of every notebook.
 """
 LIBRARY = """## Library
 
-A folder is a room of the package: `nbs/library/pruning/04_plans.ipynb` exports
+Each folder is a subpackage: `nbs/library/pruning/04_plans.ipynb` exports
 `mllm_compress/pruning/plans.py`. The order below is the order of reading, the method first.
-Imports go one way: a room imports only from rooms to its left in
-{rooms}.
+A subpackage imports only from those before it in
+{packages}.
 """
 SHOWN = "class decoder score layerwise uniform blockwise reconstruct recover evaluate cache reload"
 SHOWN = SHOWN.split()
@@ -68,8 +68,8 @@ def section(title: str, folder: str) -> list:
     return [f"## {title}", "", *map(entry, paths), ""] if paths else []
 
 
-def room(name: str) -> list:
-    "The lines of a room, headed by its front door."
+def package(name: str) -> list:
+    "The lines of a subpackage, headed by its first notebook."
     front, *paths = sorted((NOTEBOOKS / "library" / name).glob("*.ipynb"))
     title, line = head(front)
     link = front.relative_to(NOTEBOOKS).as_posix()
@@ -103,9 +103,9 @@ def text() -> str:
     "The map."
     lines = [INTRO, "## Start", "", entry(NOTEBOOKS / "index.ipynb")]
     lines += map(entry, start())
-    lines += ["", LIBRARY.format(rooms=", ".join(f"`{name}`" for name in ROOMS))]
+    lines += ["", LIBRARY.format(packages=", ".join(f"`{name}`" for name in PACKAGES))]
     for name in METHOD + REST:
-        lines += room(name)
+        lines += package(name)
     front = sorted((NOTEBOOKS / "library").glob("*.ipynb"))  # of the package itself
     lines += ["### The package", "", *map(entry, front), ""] if front else []
     study, blank, *rest = section("The study, a notebook per table or figure", "study")
@@ -127,9 +127,9 @@ ratio is the fraction of LM-decoder parameters removed. A model is a shipped nam
 """
 
 
-def names_of(room: str) -> list:
-    "The public names of a room."
-    path = NOTEBOOKS.parent / "mllm_compress" / room / "__init__.py"
+def names_of(package: str) -> list:
+    "The public names of a subpackage."
+    path = NOTEBOOKS.parent / "mllm_compress" / package / "__init__.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assigned = [n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
     return ast.literal_eval(assigned[0].value)

@@ -13,11 +13,13 @@ import torch
 from commands import save_models
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from pruning_cases import build
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mllm_compress.checkpoint.formats import checksum
 from mllm_compress.cli import app
+from mllm_compress.pruning.pruning_plan import make_plan
 
 Case = namedtuple("Case", "args says")
 
@@ -651,7 +653,9 @@ def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
 
 BATCHES = [{"input_ids": torch.tensor([[1, 30, 2]])}]
 ADAPTERS = LoraConfig(r=2, target_modules=["q_proj"])
+OTHER = make_plan(build("llama-4x1", num_hidden_layers=9))  # of a model of nine layers
 SFT = {"losses": {"sft": 1}}
+coded = lambda model: setattr(model, "is_quantized", True) or model
 PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.prune(m, [], rato=0.3), "unexpected keyword argument 'rato'"),
     (lambda m, p, mc, lm: mc.prune(m, [], layer_share=3), "outside"),
@@ -674,6 +678,12 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),
     (lambda m, p, mc, lm: mc.prune("llava", BATCHES), "'llava' is no model"),
+    (lambda m, p, mc, lm: mc.prune(coded(lm("llama")), BATCHES), "neither pruned nor trained"),
+    (
+        lambda m, p, mc, lm: mc.recover(m, m, "mine.json", {}, p, OTHER),
+        "and the plan is of a model",
+    ),
+    (lambda m, p, mc, lm: mc.recover(coded(lm("llama")), m, "mine.json", {}, p), "nor trained"),
     (lambda m, p, mc, lm: mc.prune(m, ["a"], ratio=0.3), "batch 0 has no input_ids"),
     (lambda m, p, mc, lm: mc.prune(m, method="magnitude", ratio="0.3"), "ratio .0.3. is outside"),
     (lambda m, p, mc, lm: mc.pruning.apply_plan(m, {"layers": [1]}), "is no PruningPlan"),

@@ -91,11 +91,6 @@ def test_the_slurm_section_is_one_of_a_profile(tmp_path):
     assert load_profile(tmp_path / "mine.yaml").slurm == Slurm(**section["slurm"])
 
 
-def filled(text: str, **values) -> str:
-    "A text of Argo's with its placeholders replaced."
-    return re.sub(r"\{\{(.+?)\}\}", lambda m: str(values[m[1].replace(".", "_")]), text)
-
-
 def test_the_argo_workflow_runs_notebooks_with_parameters_that_they_have():
     spec = yaml.safe_load(blocks("yaml")[1])["spec"]
     templates = {t["name"]: t for t in spec["templates"]}
@@ -111,7 +106,9 @@ def test_the_argo_workflow_runs_notebooks_with_parameters_that_they_have():
             f"inputs_parameters_{given['name']}": given["value"],
             f"workflow_parameters_{profile['name']}": profile["value"],
         }
-        words = [filled(w, **values) for w in container["command"] + container["args"]]
+        value = lambda match: str(values[match[1].replace(".", "_")])  # of Argo's placeholder
+        words = container["command"] + container["args"]
+        words = [re.sub(r"\{\{(.+?)\}\}", value, word) for word in words]
         assert checked_papermill(words) == {"profile": "tiny"}
     order = TopologicalSorter({n: t.get("dependencies", []) for n, t in tasks.items()})
     assert [*order.static_order()][-1] == "findings"

@@ -21,13 +21,7 @@ from mllm_compress.anatomy.families import family_of
 from mllm_compress.anatomy.wrappers import token_inputs
 from mllm_compress.cli import app
 from mllm_compress.cli.check import Case, run_checks, trial_data
-from mllm_compress.cost.arithmetic import (
-    decoder_flops,
-    example_inputs,
-    forward,
-    picture_cost,
-    shape_of_model,
-)
+from mllm_compress.cost import arithmetic
 from mllm_compress.data.batches import Collator, Renderer
 from mllm_compress.data.instructions import turns
 from mllm_compress.importance.criteria import random_layers
@@ -80,11 +74,13 @@ def test_counted_operations_are_those_of_a_forward_pass(name, monkeypatch):
     monkeypatch.setattr("mllm_compress.cost.arithmetic.SIDE", 48)
     model = cases.build(name, torch.float32)
     model.set_attn_implementation("eager")
-    inputs = example_inputs(model, 6, batch=2)
+    inputs = arithmetic.example_inputs(model, 6, batch=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward(model, inputs)
-    decoder = decoder_flops(shape_of_model(model), inputs["input_ids"].shape[1], batch=2)
-    pictures = sum(picture_cost(model.config, 2).operations.values())
+        arithmetic.forward(model, inputs)
+    decoder = arithmetic.decoder_flops(
+        arithmetic.shape_of_model(model), inputs["input_ids"].shape[1], batch=2
+    )
+    pictures = sum(arithmetic.picture_cost(model.config, 2).operations.values())
     assert counter.get_total_flops() == decoder + pictures
 
 
@@ -144,6 +140,11 @@ def test_other_groups_of_queries(name, heads, groups):
     case = Case(cases.build(name, torch.float32, **shape), cases.processor(name))
     findings = run_checks(case, ("parts", "cost", "layerwise", "uniform", "blockwise"))
     assert not {f.check: f.detail for f in findings if not f.passed}
+
+
+def test_a_model_of_one_layer_is_no_broken_one():
+    found = {f.check: f.passed for f in run_checks(Case(cases.build("llama", num_hidden_layers=1)))}
+    assert False not in found.values() and found["uniform"] and found["layerwise"] is None
 
 
 # What must stay

@@ -16,19 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.evaluation.benchmarks import Question
 from mllm_compress.evaluation.generation import prepare
-from mllm_compress.zoo.releases import (
-    CHAT_TEMPLATES,
-    REAL_MODELS,
-    chat_template,
-    convert_original,
-    image_processor,
-    load_original,
-    native_config,
-    open_original,
-    original_ids,
-    real_config,
-    real_name,
-)
+from mllm_compress.zoo import releases
 
 QUESTION = {
     "role": "user",
@@ -43,7 +31,7 @@ def layouts(golden):
 
 @pytest.fixture(scope="module")
 def loaded(layouts):
-    return {name: load_original(layouts / name)[0] for name in NAMES}
+    return {name: releases.load_original(layouts / name)[0] for name in NAMES}
 
 
 def tensors(layouts, name):
@@ -61,10 +49,6 @@ def sample(given, config, k):
     tiles = given.get("num_tiles", torch.ones(2, dtype=torch.long)).tolist()
     start = sum(tiles[:k])
     return expanded(ids, config), given["pixel_values"][start : start + tiles[k]]
-
-
-def change_json(path, **changed):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 def change_weights(path, change):
@@ -119,8 +103,8 @@ def test_long_rope_takes_the_long_factors_beyond_the_original_length(layouts, tm
         rope["long_factor"] = [scale * x for x in rope["long_factor"]]
         lengths = dict(max_position_embeddings=96, original_max_position_embeddings=24)
         llm = llm | lengths | {"rope_scaling": rope}
-        change_json(folder / "config.json", llm_config=llm)
-        model, _ = load_original(folder)
+        (folder / "config.json").write_text(json.dumps(config | dict(llm_config=llm)))
+        model, _ = releases.load_original(folder)
         assert model.config.text_config.rope_parameters["factor"] == 4
         long, short = torch.arange(28)[None], torch.arange(13)[None]
         with torch.no_grad():
@@ -146,7 +130,10 @@ def expand2square(image, color):  # LLaVA, mm_utils.py
 
 @pytest.mark.parametrize("name, side", [("llava", 56), ("bunny", 60)])
 def test_pixels_of_many_shapes(layouts, name, side):
-    process, draw = image_processor(open_original(layouts / name)), np.random.default_rng(0)
+    process, draw = (
+        releases.image_processor(releases.open_original(layouts / name)),
+        np.random.default_rng(0),
+    )
     for width, height in draw.integers(3, 200, (25, 2)).tolist():
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         square = expand2square(image, tuple(int(255 * m) for m in process.image_mean))
@@ -173,7 +160,10 @@ def original_grid(width, height, size, largest):  # InternVL, find_closest_aspec
 
 
 def test_tiles_are_the_originals(layouts):
-    process, draw = image_processor(open_original(layouts / "internvl")), np.random.default_rng(1)
+    process, draw = (
+        releases.image_processor(releases.open_original(layouts / "internvl")),
+        np.random.default_rng(1),
+    )
     for width, height in draw.integers(10, 400, (25, 2)).tolist():
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         columns, rows = original_grid(width, height, 56, 12)
@@ -218,7 +208,10 @@ TWO_TURNS = {
 def test_chat_templates_by_the_character(name):
     tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 200)
     render = lambda turns: tokenizer.apply_chat_template(
-        turns, chat_template=CHAT_TEMPLATES[name], add_generation_prompt=True, tokenize=False
+        turns,
+        chat_template=releases.CHAT_TEMPLATES[name],
+        add_generation_prompt=True,
+        tokenize=False,
     )
     assert render([QUESTION]) == PROMPTS[name]
     answer = {"role": "assistant", "content": "A cat."}
@@ -230,7 +223,7 @@ def test_chat_templates_by_the_character(name):
 
 def test_a_template_that_writes_bos_gets_no_second_one(tiny_lm):
     tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 200)
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATES["vicuna_v1"]
+    tokenizer.chat_template = "{{ bos_token }}" + releases.CHAT_TEMPLATES["vicuna_v1"]
     (prompt,) = prepare(tiny_lm("llama", vocab=200), tokenizer, [Question("1", "same?", "no")])[1]
     assert [*prompt.shared, *prompt.own].count(1) == 1 == tokenizer("").input_ids.count(1)
 
@@ -242,19 +235,19 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     plain = ["<|pad|>", "<|x|>", "<|endoftext|>"]
     specials = ["<unk>", "<s>", "</s>"] if name == "llava" else plain
     toy_tokenizer(scheme, specials, size).save_pretrained(folder)
-    model, processor = load_original(folder)
+    model, processor = releases.load_original(folder)
     image = Image.new("RGB", (30, 20), "red")
     prompt = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
     batch = processor(images=image, text=prompt, return_tensors="pt")
     ids, mark = batch["input_ids"][0].tolist(), model.config.image_token_id
     plain = toy_tokenizer(scheme, specials, size)
-    wanted = original_ids(PROMPTS["vicuna_v1"], plain, mark)
+    wanted = releases.original_ids(PROMPTS["vicuna_v1"], plain, mark)
     at, marks = wanted.index(mark), [mark] * model.config.image_seq_length
     assert mark == size and ids == wanted[:at] + marks + wanted[at + 1 :]
     assert (ids[0] == 1) == (name == "llava")
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()
-    out = convert_original(folder, tmp_path / "out")
+    out = releases.convert_original(folder, tmp_path / "out")
     again = AutoProcessor.from_pretrained(out)
     prompt = again.apply_chat_template([QUESTION], add_generation_prompt=True)
     assert again(images=image, text=prompt)["input_ids"][0] == ids
@@ -265,7 +258,7 @@ def test_internvl_processor(layouts, tmp_path):
         "torchvision",
         reason="InternVL's processor of transformers needs it: pip install mllm_compress[vision]",
     )
-    model, processor = load_original(with_tokenizer(layouts, "internvl", tmp_path))
+    model, processor = releases.load_original(with_tokenizer(layouts, "internvl", tmp_path))
     assert model.config.image_token_id == 313
     prompt = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
     batch = processor(images=Image.new("RGB", (110, 52)), text=prompt, return_tensors="pt")
@@ -279,7 +272,7 @@ def test_internvl_processor(layouts, tmp_path):
 
 def test_older_phi3_chat_is_recognised_from_the_text_of_conversation_py(layouts, tmp_path):
     folder = copy_of(layouts, "internvl", tmp_path)
-    assert chat_template(folder, "phi3-chat") == CHAT_TEMPLATES["phi3-chat"]
+    assert releases.chat_template(folder, "phi3-chat") == releases.CHAT_TEMPLATES["phi3-chat"]
     code = (
         "raise SystemExit('never run')\n"
         "register_conv_template(Conversation(name='other', sep_style=SeparatorStyle.{}))\n"
@@ -291,14 +284,14 @@ def test_older_phi3_chat_is_recognised_from_the_text_of_conversation_py(layouts,
         ("MPT", "CHATML", "phi3-chat-2024-05"),
     ):
         (folder / "conversation.py").write_text(code.format(other, style))
-        assert chat_template(folder, "phi3-chat") == CHAT_TEMPLATES[expected]
+        assert releases.chat_template(folder, "phi3-chat") == releases.CHAT_TEMPLATES[expected]
 
 
 def test_a_tokenizer_of_another_release_is_refused(layouts, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
     toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 300).save_pretrained(folder)
     with pytest.raises(ValueError, match="id 300 and the model 320"):
-        load_original(folder)
+        releases.load_original(folder)
 
 
 # converting
@@ -326,7 +319,7 @@ assert "mllm_compress" not in sys.modules
 
 def test_converted_checkpoints_load_in_stock_transformers(layouts, tmp_path):
     for name in NAMES:
-        convert_original(layouts / name, tmp_path / name)
+        releases.convert_original(layouts / name, tmp_path / name)
     command = [sys.executable, "-c", STOCK, str(tmp_path), str(layouts)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -335,7 +328,7 @@ def test_converted_checkpoints_load_in_stock_transformers(layouts, tmp_path):
 def test_one_tensor_is_in_memory_while_converting(layouts, tmp_path):
     folder = copy_of(layouts, "bunny", tmp_path)
     with Peak() as memory:
-        convert_original(folder, tmp_path / "out")
+        releases.convert_original(folder, tmp_path / "out")
     sizes = [t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values()]
     assert memory.peak < 4 * max(sizes) < 0.5 * sum(sizes)  # as read, with more rows, cast
 
@@ -348,7 +341,7 @@ def test_shards_streamed_into_one_file_give_the_same(layouts, loaded, tmp_path, 
     for i in range(3):
         part = dict(list(weights.items())[i::3])
         save_file(part, folder / f"pytorch_model-{i}.safetensors")
-    out = convert_original(folder, tmp_path / "out", dtype=torch.bfloat16)
+    out = releases.convert_original(folder, tmp_path / "out", dtype=torch.bfloat16)
     stock = AutoModelForImageTextToText.from_pretrained(out)
     assert stock.dtype == torch.bfloat16
     for key, value in loaded[name].state_dict().items():
@@ -367,7 +360,7 @@ def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
     command = HOW_TO_CONVERT.split("spare: ")[1].replace("python", sys.executable, 1)
     command = command.replace("FOLDER", str(folder))
     subprocess.run(command, shell=True, check=True)
-    assert load_original(folder)[0].config.text_config.vocab_size == 384
+    assert releases.load_original(folder)[0].config.text_config.vocab_size == 384
 
 
 def test_a_full_clip_checkpoint_serves_as_tower(layouts, loaded, tmp_path):
@@ -386,7 +379,7 @@ def test_a_full_clip_checkpoint_serves_as_tower(layouts, loaded, tmp_path):
     (folder / "vision_tower" / "config.json").write_text(
         json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}})
     )
-    model, _ = load_original(folder)
+    model, _ = releases.load_original(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded["llava"].parameters()))
 
 
@@ -408,7 +401,7 @@ def test_wrong_tensors_are_named_before_any_work(layouts, tmp_path, name, shape,
     change = lambda w: w.update({name: torch.zeros(shape)}) if shape else w.pop(name)
     change_weights(folder / "model.safetensors", change)
     with pytest.raises(ValueError, match=message):
-        convert_original(folder, tmp_path / "out")
+        releases.convert_original(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -416,7 +409,7 @@ def test_the_same_tensor_twice(layouts, tmp_path):
     folder = copy_of(layouts, "bunny", tmp_path)
     shutil.copy(folder / "model.safetensors", folder / "pytorch_model.safetensors")
     with pytest.raises(ValueError, match="twice: "):
-        open_original(folder)
+        releases.open_original(folder)
 
 
 def test_missing_shards(layouts, tmp_path):
@@ -424,14 +417,14 @@ def test_missing_shards(layouts, tmp_path):
     shards = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
     with pytest.raises(FileNotFoundError, match="lacks model-2.safetensors"):
-        open_original(folder)
+        releases.open_original(folder)
 
 
 # details
 
 
 def test_real_configs_hold_the_pitfalls():
-    llava, bunny, internvl = (real_config(name) for name in REAL_MODELS)
+    llava, bunny, internvl = (releases.real_config(name) for name in releases.REAL_MODELS)
     features = lambda c: (c.vision_feature_layer, c.vision_feature_select_strategy)
     assert features(llava) == (-2, "default") and features(bunny) == (-1, "full")
     assert llava.vision_config.hidden_act == "quick_gelu"
@@ -446,9 +439,9 @@ def test_native_config_reads_the_placeholder_from_tokenizer_files(layouts, tmp_p
     folder = copy_of(layouts, "internvl", tmp_path)
     (folder / "token_ids.json").unlink()
     with pytest.raises(ValueError, match="added_tokens.json"):
-        native_config(folder)  # the real id is beyond this vocabulary
+        releases.native_config(folder)  # the real id is beyond this vocabulary
     (folder / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 309}))
-    assert native_config(folder).image_token_id == 309
+    assert releases.native_config(folder).image_token_id == 309
 
 
 # names of the real models
@@ -457,4 +450,4 @@ def test_native_config_reads_the_placeholder_from_tokenizer_files(layouts, tmp_p
 @pytest.mark.parametrize("text", ["llava", "llava-v1.5-13b", ""])
 def test_another_model_is_refused_with_the_names_there_are(text):
     with pytest.raises(ValueError, match="use one of LLaVA-v1.5-7B .*llava-hf.*Mini-InternVL"):
-        real_name(text)
+        releases.real_name(text)

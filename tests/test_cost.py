@@ -2,6 +2,7 @@
 
 import copy
 
+import contract_cases as cases
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,6 +152,8 @@ def test_decode_latency_leaves_the_context_as_it_was(tiny_lm):
     model.forward = spying
     latency(model, {"input_ids": torch.ones(1, 6, dtype=torch.long)}, repeats=3, warmup=1)
     assert contexts.count(6) == 4  # every decode call finds the prompt's six tokens
+    window = cases.build("mistral", torch.float32, sliding_window=4)  # which cannot take one back
+    latency(window, {"input_ids": torch.ones(1, 6, dtype=torch.long)}, repeats=1, warmup=1)
 
 
 def test_operations_of_training_are_those_of_its_passes():

@@ -14,15 +14,6 @@ from mllm_compress.data.batches import SizedCache, stop_tokens
 from mllm_compress.evaluation import generation, scoring
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.evaluation.scoring import (
-    compare,
-    evaluate,
-    grounding,
-    judge,
-    load_predictions,
-    say_grounding,
-    score_all,
-)
 
 FAMILIES = ["tiny_llava", "tiny_bunny"]
 
@@ -158,11 +149,11 @@ def test_an_image_token_in_a_question_is_dropped(tiny_llava):
 
 
 def test_evaluate_has_a_row_a_benchmark_and_is_deterministic(tiny_llava):
-    rows, answers = evaluate(*tiny_llava, limit=20, return_predictions=True)
+    rows, answers = scoring.evaluate(*tiny_llava, limit=20, return_predictions=True)
     assert rows.benchmark.tolist() == list(SMALL_SUITE) and (rows.n == 20).all()
     assert ((rows.low <= rows.score) & (rows.score <= rows.high)).all()
     assert answers.groupby("benchmark").id.nunique().eq(20).all()
-    again, kept = evaluate(*tiny_llava, limit=20, batch_size=3, return_predictions=True)
+    again, kept = scoring.evaluate(*tiny_llava, limit=20, batch_size=3, return_predictions=True)
     assert kept.prediction.tolist() == answers.prediction.tolist()
     assert np.allclose(again.log_likelihood, rows.log_likelihood, atol=1e-4)
     own = ["benchmark", "score", "low", "high", "candidate_score", "unparseable"]
@@ -185,19 +176,19 @@ def test_log_likelihood_is_that_of_a_plain_forward_pass(tiny_llava, change):
 
 
 def test_a_perfect_and_a_half_model(tiny_llava):
-    _, answers = evaluate(*tiny_llava, limit=20, return_predictions=True)
-    perfect = judge(answers.assign(prediction=answers.answer))
-    rows = score_all(perfect)
+    _, answers = scoring.evaluate(*tiny_llava, limit=20, return_predictions=True)
+    perfect = scoring.judge(answers.assign(prediction=answers.answer))
+    rows = scoring.score_all(perfect)
     assert (rows.score == 100).all() and (rows.unparseable == 0).all()
     first = answers.groupby("benchmark").cumcount() < 10
-    half = judge(answers.assign(prediction=np.where(first, answers.answer, "?")))
-    assert (score_all(half).score == 50).all()
-    gaps = compare(perfect, half)
+    half = scoring.judge(answers.assign(prediction=np.where(first, answers.answer, "?")))
+    assert (scoring.score_all(half).score == 50).all()
+    gaps = scoring.compare(perfect, half)
     assert (gaps.difference == 50).all()
     expected = [2 * 0.5**n for n in (10, 10, 5, 5, 10, 10, 10)]  # five pairs
     assert gaps.p.tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="easy-vqa"):
-        compare(perfect, half[half.benchmark != "easy-vqa"])
+        scoring.compare(perfect, half[half.benchmark != "easy-vqa"])
 
 
 def said(words: str, end: str = "", **columns) -> pd.DataFrame:
@@ -205,32 +196,32 @@ def said(words: str, end: str = "", **columns) -> pd.DataFrame:
     asked = {"benchmark": f"easy-vqa{end}", "id": range(len(words)), "group": None}
     asked |= {"answer": list("abcd" * (len(words) // 4)), "prediction": list(words)}
     frame = pd.DataFrame(asked | {"candidate": "a"} | columns)
-    return judge(frame.assign(options=[[]] * len(frame), extra=[{}] * len(frame)))
+    return scoring.judge(frame.assign(options=[[]] * len(frame), extra=[{}] * len(frame)))
 
 
 def test_grounding_by_hand():
     wrong, none = "/wrong-picture", "/no-picture"
     dense = pd.concat([said("abcd", confidence=0.5), said("aaaa", wrong), said("xxxx", none)])
     pruned = pd.concat([said("abxd"), said("abxx", wrong), said("aaxx", none)])
-    was, own = grounding(dense, pruned).to_dict("records")
+    was, own = scoring.grounding(dense, pruned).to_dict("records")
     assert [was[k] for k in ("right", "wrong", "none", "agreement")] == [100, 25, 0, 100]
     assert [own[k] for k in ("right", "wrong", "none", "agreement")] == [75, 50, 25, 75]
     assert [own[k] for k in ("lost", "gained", "p")] == [1, 0, 1]
     # |1 - 0.5| once and |0 - 0.5| three times, each in a bin of its own; no answer is yes or no
     assert was["calibration_error"] == 50 and np.isnan(own["calibration_error"] + own["yes_bias"])
     with pytest.raises(ValueError, match="Only one of two models"):
-        grounding(dense, pruned[1:])
+        scoring.grounding(dense, pruned[1:])
     dense, blind = (said(words * 10) for words in ("abcd", "abxx"))
     shown = said("xxxx" * 10, wrong), said("abxx" * 10, wrong)
     dense, blind = (pd.concat(pair) for pair in zip((dense, blind), shown))
-    (sentence,) = say_grounding(table := grounding(dense, blind))
+    (sentence,) = scoring.say_grounding(table := scoring.grounding(dense, blind))
     assert "0.0 points to the pruned model, which keeps 50 %" in sentence
-    assert table.lost.tolist() == [0, 20] and compare(blind, dense).difference.item() == -50
+    assert table.lost.tolist() == [0, 20] and scoring.compare(blind, dense).difference.item() == -50
 
 
 def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     kinds, options = ["scenes/open", "scenes/cognition"], dict(limit=20, return_predictions=True)
-    run = lambda **more: evaluate(*tiny_llava, kinds, **options, **more)
+    run = lambda **more: scoring.evaluate(*tiny_llava, kinds, **options, **more)
     expected, uninterrupted = run()
     asked, answered = [], scoring.answer_questions
 
@@ -243,7 +234,7 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "answer_questions", dies_later)
     with pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path, save_every=8)
-    stored = load_predictions(tmp_path)
+    stored = scoring.load_predictions(tmp_path)
     assert len(stored.drop_duplicates(["benchmark", "id"])) == 16
     later = []
     counting = lambda m, p, asked, *more: later.extend(asked) or answered(m, p, asked, *more)
@@ -259,18 +250,22 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
         with monkeypatch.context() as other, pytest.raises(ValueError, match=f"different {what}"):
             other.setattr(part, "chat_template", "another", raising=False)
             run(folder=tmp_path)
-    again = score_all(load_predictions(tmp_path)).set_index("benchmark").score
+    again = scoring.score_all(scoring.load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
 
 
 def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa: F811
-    rows, _ = evaluate(*tiny_llava, REAL_SUITE, root=root, folder=tmp_path, return_predictions=True)
+    rows, _ = scoring.evaluate(
+        *tiny_llava, REAL_SUITE, root=root, folder=tmp_path, return_predictions=True
+    )
     assert rows.benchmark.tolist() == list(REAL_SUITE)
     assert rows.n.tolist() == [2, 2, 4, 1, 4, 8, 2, 1, 2]
     first = lambda answer: answer[0] if isinstance(answer, list) else answer
-    right = judge(load_predictions(tmp_path).assign(prediction=lambda f: f.answer.map(first)))
-    scores = score_all(right).set_index("benchmark").score
+    right = scoring.judge(
+        scoring.load_predictions(tmp_path).assign(prediction=lambda f: f.answer.map(first))
+    )
+    scores = scoring.score_all(right).set_index("benchmark").score
     assert scores.pop("mme_perception") == 400 and scores.pop("mme_cognition") == 200
     assert (scores == 100).all()
     bare = right[right.benchmark == "pope"].assign(prediction=lambda f: f.prediction + ".")
-    assert score_all(judge(bare)).score[0] == 100
+    assert scoring.score_all(scoring.judge(bare)).score[0] == 100

@@ -42,11 +42,6 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def as_written(value) -> str:
-    "A value of pyproject.toml as settings.ini writes it."
-    return " ".join(value) if isinstance(value, list) else str(value)
-
-
 def test_both_configurations_of_nbdev_agree():
     tomllib = pytest.importorskip("tomllib")
     block = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["nbdev"]
@@ -54,5 +49,6 @@ def test_both_configurations_of_nbdev_agree():
     config.read(ROOT / "settings.ini", encoding="utf-8")
     settings = dict(config["DEFAULT"])
     assert set(block) - set(settings) == {"update_pyproject"}  # of nbdev 3 alone
+    written = lambda value: " ".join(value) if isinstance(value, list) else str(value)
     both = set(block) & set(settings)
-    assert {key: as_written(block[key]) for key in both} == {key: settings[key] for key in both}
+    assert {key: written(block[key]) for key in both} == {key: settings[key] for key in both}

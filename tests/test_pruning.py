@@ -12,15 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.importance.taylor import taylor
-from mllm_compress.pruning import (
-    PruningPlan,
-    apply_plan,
-    plan_layerwise,
-    plan_none,
-    plan_widthwise,
-    prune,
-)
-from mllm_compress.pruning.plans import layers_for_ratio
+from mllm_compress.pruning import PruningPlan, apply_plan, plan_layerwise, plan_widthwise, prune
+from mllm_compress.pruning.plans import layers_for_ratio, plan_none
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import silence
 
@@ -281,34 +274,25 @@ wide = plan_widthwise
         (lambda m, l, w: plan_layerwise(m, layers=[9]), "in 0 … 5"),
         (lambda m, l, w: plan_layerwise(m, layers=[1, 1]), "must be distinct"),
         (lambda m, l, w: wide(m, w, ratio=0.4, base=wide(m, w, ratio=0.1)), "a layerwise plan"),
-        (
-            lambda m, l, w: plan_layerwise(m, LayerScores(torch.rand(9), "r", {}), n_layers=1),
-            "9 scores do not fit 6 layers",
-        ),
-        (
-            lambda m, l, w: wide(m, w, ratio=0.9),
-            r"most this plan can remove is 0\.\d+.*Protect fewer",
-        ),
+        (lambda m, l, w: plan_layerwise(m, LayerScores(torch.ones(9), "", {}), 0.1), "9 scores do"),
+        (lambda m, l, w: wide(m, w, ratio=0.9), r"plan can remove is 0\.\d+.*Protect fewer"),
         (lambda m, l, w: wide(m, w), "one of ratio, channel_ratio and budget"),
-        (
-            lambda m, l, w: wide(m, w, ratio=0.1, channel_ratio=0.1),
-            "one of ratio, channel_ratio and budget",
-        ),
+        (lambda m, l, w: wide(m, w, ratio=0.1, channel_ratio=0.1), "one of ratio, channel_ratio"),
+        (lambda m, l, w: wide(m, w, None, 0.1, (1, 1), mlp_layers=[1]), "give one of them"),
         (lambda m, l, w: wide(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
         (lambda m, l, w: wide(m, w, ratio=0.1, mlp_layers=[1]), "belong to channel_ratio"),
         (lambda m, l, w: wide(m, w, channel_ratio=0.1, mlp_layers=[7]), "not all among 0-5"),
         (lambda m, l, w: wide(m, w, ratio=0.1, shape="round"), "blockwise, uniform"),
-        (
-            lambda m, l, w: wide(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
-            "prunes every layer alike",
-        ),
+        (lambda m, l, w: wide(m, w, 0.1, shape="uniform", protect=(1, 1)), "every layer alike"),
         (lambda m, l, w: wide(m, w, ratio=0.1, protect=(3, 3)), "leaves none"),
         (lambda m, l, w: wide(m, w, ratio=0.1, round_to=0), "round_to"),
         (lambda m, l, w: wide(m, WidthScores({}, {}, "r", {}), ratio=0.1), "no scores for"),
+        (lambda m, l, w: wide(m, w, 0.1, base=plan_layerwise(m, l, n_layers=3)), "base plan alone"),
         (
-            lambda m, l, w: wide(m, w, ratio=0.1, base=plan_layerwise(m, l, n_layers=3)),
-            "base plan alone removes",
+            lambda m, l, w: prune(m, ratio=0.4, scores=l, allocation="global"),
+            "have no effect where",
         ),
+        (lambda m, l, w: prune(m, ratio=0.4, scores=w, costs={}), "without a budget"),
         (lambda m, l, w: prune(m, ratio=0.4, scores=[l, w], layer_share=2), r"outside \[0, 1\]"),
         (lambda m, l, w: make_plan(m, layers=[0, 7]), "must lie in 0 … 5"),
         (lambda m, l, w: make_plan(m, heads={1: []}), "at least one must stay"),

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
+from mllm_compress.anatomy.wrappers import WRAPPERS
 from mllm_compress.checkpoint import load_pruned, save_pruned, verify
-from mllm_compress.checkpoint.engines import QUANTIZATIONS, quantize
+from mllm_compress.checkpoint.engines import KEPT, QUANTIZATIONS, export_model, quantize
 from mllm_compress.checkpoint.loading import unpackable
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import apply_plan
@@ -113,7 +114,12 @@ def test_a_quantized_model_is_not_quantized_or_cut_again(small, tmp_path):
 
 
 def test_bad_input_of_quantize(small, tmp_path, monkeypatch):
-    folder, _, _ = small()
+    folder, model, _ = small()
+    model.is_quantized = True
+    monkeypatch.setattr("mllm_compress.checkpoint.engines.load_any", lambda _: (model, None))
+    with pytest.raises(ValueError, match="is quantized: export the checkpoint"):
+        export_model("q", "gguf", tmp_path / "model.gguf")
+    assert {row.vision for row in WRAPPERS.values()} < {*KEPT}  # vision towers stay as they are
     with pytest.raises(ValueError, match="Unknown quantization 'int4': use one of int8, nf4, fp4"):
         quantize(folder, "int4", tmp_path / "q")
     with pytest.raises(ValueError, match="prune first, then quantize"):

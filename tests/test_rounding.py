@@ -10,17 +10,7 @@ from mllm_compress.anatomy.families import lm_parameters
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.pruning_plan import layer_sizes, make_plan
-from mllm_compress.study import stages, store
-from mllm_compress.study.alternatives import (
-    NF4,
-    QUANTIZERS,
-    matrices,
-    ratio_within,
-    rounded,
-    rounded_blocks,
-    rounded_rows,
-    stored_bytes,
-)
+from mllm_compress.study import alternatives, stages, store
 from mllm_compress.study.experiments import Experiment, describe, method_of
 from mllm_compress.study.profiles import load_profile
 
@@ -38,7 +28,7 @@ def test_four_bits_are_those_of_bitsandbytes():
         w = torch.randn(shape, generator=DRAW)
         column = w.flatten()[:, None]  # its CPU kernel reads other scales for some widths
         expected = dequantize_4bit(*quantize_4bit(column, quant_type="nf4", blocksize=64))
-        assert torch.equal(rounded_blocks(w), expected.view(shape))
+        assert torch.equal(alternatives.rounded_blocks(w), expected.view(shape))
 
 
 @LIBRARY
@@ -47,16 +37,16 @@ def test_eight_bits_are_those_of_bitsandbytes():
 
     w = torch.randn(50, 96, generator=DRAW).half()
     whole, scale, _ = int8_vectorwise_quant(w)
-    gap = (whole.float() * scale[:, None] / 127 - rounded_rows(w.float())).abs()
-    assert (gap < 1e-5).float().mean() > 0.999  # a tie may be rounded the other way
+    gap = (whole.float() * scale[:, None] / 127 - alternatives.rounded_rows(w.float())).abs()
+    assert (gap < 1e-5).float().mean() > 0.999  # a tie may be alternatives.rounded the other way
 
 
 def test_every_weight_takes_the_nearest_level():
     w = torch.randn(3, 50, generator=DRAW)
-    found = rounded_blocks(w).flatten()
+    found = alternatives.rounded_blocks(w).flatten()
     for k in range(0, w.numel(), 64):
         block, its = w.flatten()[k : k + 64], found[k : k + 64]
-        values = torch.tensor(NF4) * block.abs().max()
+        values = torch.tensor(alternatives.NF4) * block.abs().max()
         nearest = (block[:, None] - values).abs().min(1).values
         torch.testing.assert_close((its - block).abs(), nearest)
 
@@ -64,38 +54,46 @@ def test_every_weight_takes_the_nearest_level():
 def test_rounding_changes_linear_maps_of_the_decoder_only(tiny_llava):
     model, _ = tiny_llava
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    small, inside = rounded(model, "nf4"), {id(m.weight) for m in matrices(model)}
+    small, inside = (
+        alternatives.rounded(model, "nf4"),
+        {id(m.weight) for m in alternatives.matrices(model)},
+    )
     names = {n for n, p in model.named_parameters() if id(p) in inside}
     after = dict(small.named_parameters())
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, after[n])}
     assert changed == names
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert rounded(model, "none") is model
+    assert alternatives.rounded(model, "none") is model
 
 
 def test_bytes_follow_the_plan(tiny_llava):
     model, _ = tiny_llava
     plan = make_plan(model, layers=[0, 1, 3], neurons={0: range(100)})
     small = apply_plan(model, plan)
-    assert stored_bytes(small) == 2 * lm_parameters(small)
-    inside = sum(m.weight.numel() for m in matrices(small))
-    rows = sum(m.weight.shape[0] for m in matrices(small))
+    assert alternatives.stored_bytes(small) == 2 * lm_parameters(small)
+    inside = sum(m.weight.numel() for m in alternatives.matrices(small))
+    rows = sum(m.weight.shape[0] for m in alternatives.matrices(small))
     others = 2 * (lm_parameters(small) - inside)
-    assert stored_bytes(small, "int8") == others + inside + 4 * rows
-    blocks = sum(-(-m.weight.numel() // 64) for m in matrices(small))
-    assert stored_bytes(small, "nf4") == others + inside // 2 + 4 * blocks
+    assert alternatives.stored_bytes(small, "int8") == others + inside + 4 * rows
+    blocks = sum(-(-m.weight.numel() // 64) for m in alternatives.matrices(small))
+    assert alternatives.stored_bytes(small, "nf4") == others + inside // 2 + 4 * blocks
 
 
-@pytest.mark.parametrize("how", ["none", *QUANTIZERS])
+@pytest.mark.parametrize("how", ["none", *alternatives.QUANTIZERS])
 def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
-    model, limit = tiny_llava[0], 0.7 * stored_bytes(tiny_llava[0], how)
-    ratio = ratio_within(model, how, limit)
+    model, limit = tiny_llava[0], 0.7 * alternatives.stored_bytes(tiny_llava[0], how)
+    ratio = alternatives.ratio_within(model, how, limit)
     plan = plan_widthwise(model, random_scores(model), ratio=ratio)
-    found = stored_bytes(apply_plan(model, plan), how)
+    found = alternatives.stored_bytes(apply_plan(model, plan), how)
     assert found <= 1.02 * limit
-    assert found == pytest.approx(stored_bytes(model, how, plan.achieved_ratio), rel=0.01)
+    assert found == pytest.approx(
+        alternatives.stored_bytes(model, how, plan.achieved_ratio), rel=0.01
+    )
     layer = layer_sizes(model)[0].parameters / lm_parameters(model)
-    steps = ratio_within(model, how, 0.9 * stored_bytes(model, how), "layers") / layer
+    steps = (
+        alternatives.ratio_within(model, how, 0.9 * alternatives.stored_bytes(model, how), "layers")
+        / layer
+    )
     assert steps == pytest.approx(round(steps), abs=0.01) and steps >= 1 - 0.01
 
 
@@ -111,5 +109,5 @@ def test_the_student_is_rounded_after_its_refit(tmp_path):
     whole = Experiment("smoke-llava", "widthwise", 0.3, **how, calibration="stratified 64")
     first = stages.student_of(whole, smoke, results, "cpu")
     found = stages.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
-    pairs = zip(rounded(first, "nf4").parameters(), found.parameters())
+    pairs = zip(alternatives.rounded(first, "nf4").parameters(), found.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -8,7 +8,7 @@ import torch
 from commands import facts, run
 from PIL import Image
 
-from mllm_compress.data import instructions, scenes
+from mllm_compress.data import instructions, scenes, self_data
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.calibration import calibration_batches, one_question
 from mllm_compress.data.instructions import from_rows, load_json, read_entry
@@ -25,6 +25,7 @@ def said(*texts):
 
 FRONT = {
     "id": "front",
+    "source": ["a list"],
     "image": ["0.png", "1.png"],
     "conversations": said(f"{MARK}\n{MARK}\nis there a circle?", "yes", "is there a square?", "no"),
 }
@@ -139,6 +140,20 @@ def test_a_later_question_keeps_the_pictures_up_to_it():
     assert one_question(entry, 2)["conversations"][0]["value"] == "<image>\n<image>\nboth?"
 
 
+def test_no_picture_is_lost_where_a_model_answers_nothing(mine, tiny_llava, monkeypatch):
+    tokenizer = tiny_llava[1].tokenizer
+    yes, said = tokenizer("yes", add_special_tokens=False)["input_ids"], tokenizer.decode
+    some = lambda m, p, begun, *_: [yes * ("circle" not in said(ids)) for ids, _ in begun]
+    monkeypatch.setattr(self_data, "written", some)
+    own = self_data.own_data(*tiny_llava, mine)
+    assert [e["conversations"][0]["value"].count(MARK) for e in own.samples] == [0, 3, 1, 0]
+    assert [len(own.pictures(i)) for i in range(4)] == [2, 3, 1, 0]
+    monkeypatch.setattr(self_data, "written", lambda m, p, begun, *_: [yes] * len(begun))
+    asked = [t["value"] for e in (FRONT, AMID, ONE, NONE) for t in e["conversations"][::2]]
+    whole = self_data.own_data(*tiny_llava, mine).samples
+    assert [t["value"] for e in whole for t in e["conversations"][::2]] == asked
+
+
 def test_cached_features_are_those_of_each_image(mine, tiny_llava):
     model, processor = tiny_llava
     outputs = compute_teacher_outputs(model, mine, Collator(processor, mine), chunk=2)
@@ -152,6 +167,7 @@ def test_answers_are_those_of_generate(shop, tiny_llava):
     model, processor = tiny_llava
     row = own_benchmark(shop / "mine.json")
     questions = row.load()
+    assert own_benchmark(shop / "mine.json", max_new_tokens=2).name != row.name
     BENCHMARKS.pop(row.name)
     assert [len(q.images) for q in questions] == [2, 2, 2, 1, 1, 0]
     assert questions[3].images[0].data == (shop / "0.png").read_bytes()

@@ -68,6 +68,7 @@ def test_avg_percent_by_hand():
     assert S.avg_percent(ours, dense) == pytest.approx(90)
     with pytest.raises(ValueError, match="only one has b"):
         S.avg_percent(ours[:1], dense)
+    assert S.avg_percent(ours, dense.assign(score=[90.0, 0.0])) == 100  # b alone
 
 
 # ---- pooled variances, averages and verdicts, against simulation with known truth

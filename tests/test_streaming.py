@@ -138,16 +138,11 @@ def test_each_weight_is_read_once_per_direction(pair, reads):
     assert {reads[n] for n in layers} == {2} and {reads[n] for n in set(reads) - set(layers)} == {1}
 
 
-def deep(folder, layers=30):
-    "A checkpoint most of whose weights are in its layers."
-    model = cases.build("llama-4x1", torch.float32, num_hidden_layers=layers, intermediate_size=800)
-    model.save_pretrained(folder)
-    return open_files(folder).model
-
-
 @pytest.mark.parametrize("method", ["activation", "gauss_newton", "taylor", "magnitude"])
 def test_one_layer_is_in_memory(tmp_path, method):
-    model = deep(tmp_path)
+    deep = dict(num_hidden_layers=30, intermediate_size=800)  # most weights are in its layers
+    cases.build("llama-4x1", torch.float32, **deep).save_pretrained(tmp_path)
+    model = open_files(tmp_path).model
     layer = sum(p.nbytes for p in anatomy(model).layers[0].parameters())
     batches = [{"input_ids": torch.randint(3, 64, (1, 8))} for _ in range(2)]
     with Peak() as memory:

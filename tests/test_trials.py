@@ -163,8 +163,8 @@ def reworded(text: str) -> str:
 def test_error_messages_of_all_modules_are_reworded(copy):
     notebooks = sorted((copy.folder / LIBRARY).glob("*/[0-9]*.ipynb"))
     names = [str(p.relative_to(copy.folder / LIBRARY)) for p in notebooks]
-    rooms = {name.split("/")[0] for name in names if copy.edit(name, reworded)}
-    assert rooms == {p.parent.name for p in notebooks}
+    packages = {name.split("/")[0] for name in names if copy.edit(name, reworded)}
+    assert packages == {p.parent.name for p in notebooks}
     cached = "int(status(grid.values(), p).cached.sum())"
     before, (cached, file) = copy.ask(f"found = [{cached}, stages.__file__]")
     assert before == {} and cached == 8 and file.startswith(str(copy.folder))

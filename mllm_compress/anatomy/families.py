@@ -422,6 +422,14 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     )
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-048
+def check_unquantized(model) -> None:
+    "ValueError where weights are codes of a few bits."
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "a quantized model can be neither pruned nor trained: prune first, then quantize."
+        )
+
+
 def entries(p: torch.Tensor) -> int:
     "Number of weights of a parameter, packed or not."
     packed = getattr(p, "quant_state", None)  # of bitsandbytes

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.families import anatomy
+from ..anatomy.wrappers import WRAPPERS
 from . import formats, llama_cpp, saving
 from .loading import load_any, load_pruned, unpackable
 from ..utils.files import replacing_folder
@@ -146,6 +147,11 @@ def export_model(
         saving.check_output(file, "export", ours, overwrite, {"checkpoint": folder})
         saving.check_writable(file)
     model, processor = load_any(folder)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{folder} is quantized: export the checkpoint that it was made from (GGUF: --dtype "
+            "q4_0 or q8_0)."
+        )
     check_finite(model.named_parameters())
     if to != "gguf":
         saving.check_writable(out, model.num_parameters() * FLOATS.get(dtype, model.dtype).itemsize)
@@ -174,7 +180,8 @@ QUANTIZATIONS = {
     "nf4": Quantization(_NF4, 4.5, "4 bits for normally distributed weights."),
     "fp4": Quantization(_FP4, 4.5, "4 bits, floats."),
 }
-KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # stay as they are
+_BESIDE = {path for row in WRAPPERS.values() for path in (row.vision, *row.projector, *row.others)}
+KEPT = ["lm_head", *sorted(_BESIDE)]  # stay as they are
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #quantizing-cell-018
 NOT_PACKED = (

@@ -141,14 +141,17 @@ def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
     "A plan that removes about a third, by random scores."
     units = mc.importance.criteria.random_scores(model)
     parts, scores = mc.anatomy.anatomy(model), mc.importance.criteria.random_layers(model)
-    candidates = mc.pruning.pruning_plan.removable(parts, range(parts.num_layers))
-    n = max(1, len(candidates) // 3)
-    layers = mc.pruning.plan_layerwise(model, scores, n_layers=n)
+    base, how = None, {"shape": "uniform" if kind == "uniform" else "blockwise"}
+    if kind in ("layerwise", "combined"):
+        candidates = mc.pruning.pruning_plan.removable(parts, range(parts.num_layers))
+        if not candidates:
+            raise NotTried("no layer may go")
+        base = mc.pruning.plan_layerwise(model, scores, n_layers=max(1, len(candidates) // 3))
     if kind == "layerwise":
-        return layers
-    base = layers if kind == "combined" else None
-    shape = "uniform" if kind == "uniform" else "blockwise"
-    return mc.pruning.plan_widthwise(model, units, channel_ratio=0.5, shape=shape, base=base)
+        return base
+    if parts.num_layers - bool(base) < 3 and kind != "uniform":
+        how["protect"] = 0, 0
+    return mc.pruning.plan_widthwise(model, units, channel_ratio=0.5, base=base, **how)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-022
 @mc.zoo.models.quiet_loading()
@@ -260,7 +263,8 @@ def evaluated(case: Case) -> str:
         ids = prompt.shared + prompt.own
         batch = answering.prompt_batch(parts, case.processor, question, ids)
         inputs = mc.importance.scores.model_inputs(case.model, batch)
-        new = case.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        inputs |= dict(max_new_tokens=4, do_sample=False, repetition_penalty=1.0)
+        new = case.model.generate(**inputs)
         ids = new[0, inputs["input_ids"].shape[1] :]
         text = case.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if text != answer.text:

@@ -249,7 +249,9 @@ class PruneRequest(CalibratedRequest):
             given = {name: getattr(self, name) for name in names}
             pruning = self.pruning or None
             return mc.pruning.one_step.choose_recipe(self.recipe, pruning=pruning, **given)
-        idle = ["recipe", "method"] + ["allocation", "layer_share"] * (self.stored != "--scores")
+        idle = ["recipe", "method", "pruning"] + ["allocation", "layer_share"] * (
+            self.stored != "--scores"
+        )
         self.refuse(idle, f"where {self.stored} says what is removed")
         usual = "global" if self.budget or self.search else "layer"
         how = (self.allocation or usual, self.shape, bool(self.reconstruct))

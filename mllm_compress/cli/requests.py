@@ -373,7 +373,7 @@ class DataRequest(ChatRequest):
         tokens: int = 20_000,  # of texts that the model writes, where it is not said
     ):  # InstructionData
         "The data; ValueError where the model cannot use or write them."
-        from mllm_compress.anatomy.streaming import is_streamed, weights_hash
+        from mllm_compress.anatomy.streaming import is_streamed
 
         data = self.entries
         if self.source == "small":
@@ -393,8 +393,8 @@ class DataRequest(ChatRequest):
         data = draw(data) if draw and data else data
         note(f"the dense model writes the data: {f'to {len(data)} entries' if data else 'texts'}.")
         options = dict(tokens=self.own_tokens or tokens, max_length=self.max_length)
-        template = getattr(getattr(processor, "tokenizer", processor), "chat_template", None)
-        key = [weights_hash(model), data and data.hash, options, str(processor), template]
+        writer = mc.evaluation.scoring.answered_by(model, processor)
+        key = [writer, str(model.generation_config), data and data.hash, options]
         make = lambda: mc.data.own_data(model, processor, data, progress=progress(), **options)
         entries = remembered("own", key, lambda: list(make().samples))
         data = data or mc.data.InstructionData([])

@@ -135,9 +135,7 @@ def memory_table(
 CARDS = (24, 40, 80)  # GiB
 
 
-def fits(
-    needed: float,  # GiB
-) -> str:
+def fits(needed: float) -> str:  # GiB
     "The smallest card with enough memory."
     needed += 2  # for the driver and for fragmentation
     card = next((c for c in CARDS if needed <= c), None)

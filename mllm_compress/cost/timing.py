@@ -61,11 +61,12 @@ def phase_calls(
 ) -> dict:  # "prefill" and "decode" -> function without arguments
     "A prefill, and one more token after it, as calls that can be repeated."
     cache = getattr(forward(model, inputs), CACHE_ARGUMENT)
+    fixed = anatomy(model).family.mixers or any(getattr(cache, "is_sliding", ()))
     token = inputs["input_ids"][:, -1:]
 
     def decode():
         forward(model, {"input_ids": token, CACHE_ARGUMENT: cache})
-        if not anatomy(model).family.mixers:  # whose states cannot be taken back
+        if not fixed:  # states that cannot be taken back
             cache.crop(-1)
 
     return {"prefill": lambda: forward(model, inputs), "decode": decode}

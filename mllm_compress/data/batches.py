@@ -63,9 +63,7 @@ def question_parts(
     return [image] * front + [image if t == mark else {"type": "text", "text": t} for t in texts]
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-011
-def pictures_amid(
-    pairs,  # of (question, answer)
-) -> bool:
+def pictures_amid(pairs) -> bool:  # of (question, answer)
     "Whether the questions have markers at the places of their pictures."
     return any(instructions.IMAGE in (question or "") for question, _ in pairs)
 

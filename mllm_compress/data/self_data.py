@@ -17,7 +17,7 @@ from ..anatomy.pictures import picture_inputs
 from ..anatomy.wrappers import token_inputs
 from .batches import Collator, pad_id, process_images, stop_tokens
 from .calibration import one_question
-from .instructions import InstructionData, turns
+from .instructions import IMAGE, InstructionData, turns
 
 # %% ../../nbs/library/data/05_self_data.ipynb #cell-007
 @torch.no_grad()
@@ -40,7 +40,7 @@ def written(
     if images:
         inputs |= picture_inputs(anatomy(model), process_images(processor, images))
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    how = how if sampled else {"do_sample": False}
+    how = (how if sampled else {"do_sample": False}) | {"repetition_penalty": 1.0}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         longest = max(new for _, new in begun)
@@ -94,15 +94,16 @@ def own_data(
         some, kind = [begun[i] for i in chunk], bool(drawn[chunk[0]])
         rows = written(model, processor, some, images, kind, seed + number)
         results |= dict(zip(chunk, rows))
-    for i, (place, question) in enumerate(places):
+    for i, (place, _) in enumerate(places):
         entry, new = asked.samples[i], results[i]
         if "conversations" in entry:
             if answer := tokenizer.decode(new, skip_special_tokens=True).strip():
-                old = data.samples[place]
-                kept = entries.setdefault(place, old | {"conversations": [], "types": []})
-                answered = [old["conversations"][2 * question], {"from": "gpt", "value": answer}]
-                kept["conversations"] += answered
-                kept["types"] += entry["types"]
+                old = data.samples[place] | {"conversations": [], "types": []}
+                kept, ask = entries.setdefault(place, old), entry["conversations"][0]
+                placed = sum(turn["value"].count(IMAGE) for turn in kept["conversations"])
+                ask = ask | {"value": ask["value"].replace(f"{IMAGE}\n", "", placed)}
+                kept["conversations"] += [ask, {"from": "gpt", "value": answer}]
+                kept |= {"types": kept["types"] + entry["types"], "image": entry.get("image")}
         elif new:
             text = tokenizer.decode([*begun[i][0], *new], skip_special_tokens=data is not None)
             entries[place] = {**entry, "text": text.removeprefix(tokenizer.bos_token or "\0")}

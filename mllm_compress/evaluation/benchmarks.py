@@ -156,11 +156,8 @@ def load_questions(
     return tuple(benchmark(name).load(split=split, limit=limit, root=root))
 
 
-def take(
-    questions: list,  # of Question
-    limit: int | None,  # the most questions; no group is cut
-) -> list:
-    "The first questions, group by group, subtasks in turn."
+def take(questions: list, limit: int | None) -> list:  # of Question
+    "The first questions, at most `limit`, group by group, subtasks in turn; no group is cut."
     if limit is None:
         return questions
     subtasks = {}
@@ -245,13 +242,8 @@ def other_pictures(pictures: str, name: str, split: str, limit: int | None, root
     return changed
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #small-sets-cell-005
-def scene_questions(
-    kind: str,  # one of scenes.KINDS
-    split: str = "test",
-    limit: int | None = None,  # None: 1,000; pairs are not cut
-    root=None,  # not needed
-) -> list:  # of Question
-    "The first questions of one kind, over consecutive generated scenes."
+def scene_questions(kind: str, split="test", limit: int | None = None, root=None) -> list:
+    "The first questions of one of scenes.KINDS (1,000 without a limit); pairs are not cut."
     questions, n, index = [], 1000 if limit is None else limit, 0
     while len(questions) < n:
         for k, q in enumerate(scenes.ask(index, split, (kind,))):
@@ -270,11 +262,7 @@ EASY_ANSWERS = (
 )
 
 
-def easy_vqa_questions(
-    split: str = "test",
-    limit: int | None = None,
-    root=None,  # not needed: the package contains the images
-) -> list:  # of Question
+def easy_vqa_questions(split: str = "test", limit: int | None = None, root=None) -> list:
     "easy-VQA's own questions; the candidates are the answers of the same kind."
     data, kind_of = scenes.easy_vqa(split), {a: kind for kind in EASY_ANSWERS for a in kind}
     questions = (
@@ -345,7 +333,8 @@ def own_benchmark(
     load = partial(own_questions, path, image_root or None, scorer, skip_missing=skip_missing)
     about = dict(help=f"{len(load())} questions of {path.name}.")
     about["source"] = load_json(path, image_root or None, skip_missing).hash
-    name = f"own/{path.stem}-{content_hash([about['source'], scorer])[:6]}"
+    differs = [about["source"], scorer] + [max_new_tokens] * (max_new_tokens != 32)
+    name = f"own/{path.stem}-{content_hash(differs)[:6]}"
     row = Benchmark(name, scorer, load, max_new_tokens, **about)
     register_benchmarks([row])
     return row
@@ -367,14 +356,8 @@ def read_rows(source: Source, root=None):  # yields dicts
             yield from batch.to_pylist()
 
 
-def public_questions(
-    adapter: Callable,  # row -> fields of a Question, or None
-    source: Source,
-    split: str = "test",
-    limit: int | None = None,
-    root=None,
-) -> list:  # of Question
-    "Questions of a public benchmark's evaluation split."
+def public_questions(adapter: Callable, source: Source, split="test", limit=None, root=None):
+    "Questions of a public evaluation split; `adapter`: row -> fields of a Question, or None."
     if split != "test":
         raise ValueError(
             f"{source.repo} is read in its evaluation split only, not in {split!r}: "

@@ -113,7 +113,7 @@ def avg_percent(
     rows: pd.DataFrame,  # of a compressed model: columns "benchmark", "score"
     dense: pd.DataFrame,  # of the original on the same benchmarks
 ) -> float:  # percent
-    "AVG-%: mean over benchmarks of score / original score."
+    "AVG-%: mean of score / original score over the benchmarks on which the original scores."
     ours, original = rows.set_index("benchmark").score, dense.set_index("benchmark").score
     require_same_benchmarks(ours.index, original.index)
-    return float(100 * (ours / original).mean())
+    return float(100 * (ours / original.where(original != 0)).mean())

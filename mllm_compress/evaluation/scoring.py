@@ -36,12 +36,8 @@ COLUMNS = "benchmark id group subtask prompt answer options extra prediction can
 COLUMNS += ["log_likelihood", "confidence"]
 
 
-def answer_rows(
-    name: str,  # of a benchmark
-    questions: list,  # of Question
-    answers: list,  # of Answer
-) -> pd.DataFrame:  # one row a question
-    "Answers beside their questions."
+def answer_rows(name: str, questions: list, answers: list) -> pd.DataFrame:  # a row a question
+    "Answers beside the questions of a benchmark."
     rows = [vars(q) | vars(a) | {"options": list(q.options)} for q, a in zip(questions, answers)]
     frame = pd.DataFrame(rows).rename(columns={"text": "prediction"})
     subtasks = [q.extra.get("subtask", "") for q in questions]
@@ -196,11 +192,8 @@ def evaluate(
 _SHOWN = {"right": "", "wrong": "/wrong-picture", "none": "/no-picture"}  # ends of the names
 
 
-def by_picture(
-    answers: dict,  # benchmark -> judged answers
-    name: str,  # of a benchmark
-) -> pd.DataFrame:  # question -> value with the right picture, a wrong one and none
-    "Values of the answers with each kind of picture; only questions with one, if there are any."
+def by_picture(answers: dict, name: str) -> pd.DataFrame:  # of benchmark -> judged answers
+    "Question -> value with the right picture, a wrong one and none; those with one, if any have."
     asked = {kind: answers.get(f"{name}{end}") for kind, end in _SHOWN.items()}
     values = {k: f.set_index("id").value for k, f in asked.items() if f is not None}
     table = pd.DataFrame(values, columns=[*_SHOWN]).astype(float)

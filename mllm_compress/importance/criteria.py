@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 import torch
 
-from ..anatomy.families import UNITS, anatomy
+from ..anatomy.families import UNITS, anatomy, check_unquantized
 from ..anatomy.streaming import hooked, in_memory, is_streamed
 from .gauss_newton import expert_outputs, gauss_newton
 from .influence import angular_distance, block_influence
@@ -242,7 +242,7 @@ CRITERIA = {  # (pruning, name) -> row
     ("widthwise", "gauss_newton"): Criterion(
         gauss_newton,
         look=Look("Gauss-Newton", methods.SKY, "p"),
-        help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
+        help="Squared effect of a unit on the final states, or on the answers' likelihood.",
     ),
     ("widthwise", "wanda_sp"): Criterion(
         wanda_sp,
@@ -295,6 +295,7 @@ def measure(
     if unknown := sorted(set(options) - set(row.options)):
         allowed = ", ".join(sorted(row.options))
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {allowed}.")
+    check_unquantized(model)
     if is_streamed(model) and not row.streams:
         able = ", ".join(n for (p, n), r in CRITERIA.items() if p == prunes and r.streams)
         raise ValueError(

@@ -170,7 +170,8 @@ def rounds_of(
         )
     if able:
         check_ratio(ratio)
-    return rounds or (2 if able and recipe == RECIPES["recommended"] and ratio > ONE_ROUND else 1)
+    usual = replace(recipe, pruning=None) == RECIPES["recommended"]
+    return rounds or (2 if able and usual and ratio > ONE_ROUND else 1)
 
 
 def in_rounds(
@@ -225,6 +226,9 @@ def plan_by_recipe(
     requested, given = None, (scores, layer_method, layer_share, budget, search)
     alone = not is_streamed(model) and all(value is None for value in given)
     rounds = rounds_of(recipe, ratio, alone, rounds)
+    check_choice("allocation", recipe.allocation, ALLOCATIONS)
+    if costs is not None and budget is None:
+        raise ValueError("costs have no effect without a budget: leave them out.")
     if layer_share is not None and not 0 <= layer_share <= 1:
         raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
     if search is not None:
@@ -261,10 +265,11 @@ def plan_by_recipe(
     layers, widths = plans.scores_by_kind(scores)
     if layer_share is not None and (budget is not None or None in (layers, widths)):
         raise ValueError("layer_share needs a ratio, and scores of layers and of their units.")
-    if widths is None and (protect or recipe.shape or round_to != 1):
+    ranked = recipe.allocation != "layer"
+    if widths is None and budget is None and (protect or recipe.shape or round_to != 1 or ranked):
         raise ValueError(
-            "protect, shape and round_to have no effect where whole layers are removed: leave "
-            "them out."
+            "allocation, protect, shape and round_to have no effect where whole layers are "
+            "removed: leave them out."
         )
     alike = all(len({*units} - {0}) < 2 for units in zip(*anatomy(model).widths))
     same = recipe.allocation == "layer" and not protect and alike

@@ -239,7 +239,9 @@ def plan_widthwise(
         return plan_global(model, scores, ratio, budget, costs, **about)
     parts = anatomy(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
-    free = unprotected(kept, protect, shape)
+    if protect is not None and ranges != [None, None]:
+        raise ValueError("protect and ranges both say which layers lose units: give one of them.")
+    free = unprotected(kept, protect if None in ranges else (0, 0), shape)
     records = dict(channel_ratio=channel_ratio, layer_scores=base and base.meta.get("scores"))
     if ratio is not None:
         about = dict(round_to=round_to, base=base, allocation="layer", free=free, shape=shape)

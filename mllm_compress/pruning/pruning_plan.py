@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from math import gcd
+from numbers import Real
 from operator import index
 from pathlib import Path
 
@@ -68,7 +69,7 @@ MAX_RATIO = 0.95  # beyond it too little is left for a useful model
 
 def check_ratio(ratio: float) -> None:
     "ValueError unless the ratio lies in [0, 0.95)."
-    if not isinstance(ratio, (int, float)) or not 0 <= ratio < MAX_RATIO:
+    if not isinstance(ratio, Real) or not 0 <= ratio < MAX_RATIO:
         raise ValueError(
             f"ratio {ratio!r} is outside [0, {MAX_RATIO}); "
             "it is the fraction of LM-decoder parameters to remove."

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.families import UNITS, Anatomy, anatomy
+from ..anatomy.families import UNITS, Anatomy, anatomy, check_unquantized
 from ..anatomy.streaming import SOURCE
 from .pruning_plan import PruningPlan
 
@@ -133,8 +133,7 @@ def sync_config(
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-018
 def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
     "ValueError if `plan` was made for another model, or the model is quantized."
-    if getattr(parts.model, "is_quantized", False):
-        raise ValueError("a quantized model cannot be pruned: prune first, then quantize.")
+    check_unquantized(parts.model)
     if not isinstance(plan, PruningPlan):
         raise TypeError(f"{plan!r:.60} is no PruningPlan: make one, as with plan_layerwise.")
     sizes = [dict(zip(UNITS, units)) for units in parts.widths]

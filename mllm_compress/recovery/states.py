@@ -205,7 +205,7 @@ def compute_teacher_outputs(
         for sample in samples:
             names = image_names(sample)
             among = (len(names),) if len(names) > 1 else ()
-            keys.append([(sample.get("source"), name, *among) for name in names])
+            keys.append([(str(sample.get("source")), name, *among) for name in names])
         if isinstance(seen, dict) or seen is not None and len(seen) != sum(map(len, keys)):
             return None  # pictures that have no tensor each, or several tiles
         for key, picture in zip(itertools.chain(*keys), () if seen is None else seen):

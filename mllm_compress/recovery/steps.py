@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Sampler
 
-from ..anatomy.families import Anatomy, anatomy, lm_parameters
+from ..anatomy.families import Anatomy, anatomy, check_unquantized, lm_parameters
 from ..anatomy.pictures import tower_hash
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CHECKPOINTING
@@ -276,6 +276,7 @@ def check_pair(
     plan=None,  # PruningPlan of the student
 ) -> None:
     "ValueError where this student cannot learn from this teacher."
+    check_unquantized(student)
     needing = [name for name in config.losses if LOSSES[name].needs_teacher]
     if teacher is None and needing:
         raise ValueError(
@@ -292,6 +293,11 @@ def check_pair(
                 f"student and teacher differ in {what} ({ours} and {theirs}): "
                 "use the dense model that the student was pruned from."
             )
+    if plan is not None and plan.num_layers != t.num_layers:
+        raise ValueError(
+            f"the teacher has {t.num_layers} layers, and the plan is of a model of "
+            f"{plan.num_layers}: give the dense model that was pruned first."
+        )
     if lm_parameters(student) > lm_parameters(teacher):
         raise ValueError(
             "the student is larger than its teacher: swap them, or merge its adapters first."

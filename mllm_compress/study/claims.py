@@ -47,10 +47,8 @@ def check_fewer(fewer: dict, kinds: list, also: dict = {}, usual: dict = {}) -> 
     return fewer
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
-def places(
-    frame: pd.DataFrame,  # of `study.run`
-) -> list:  # of (model, requested ratio)
-    "Where compressed models have results, and their originals too."
+def places(frame: pd.DataFrame) -> list:  # of (model, requested ratio)
+    "Where compressed models of a frame of `study.run` have results, and their originals too."
     evaluated = frame.model.isin(statistics.dense_rows(frame).model)
     done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
     order = [*dict.fromkeys(frame.model)].index

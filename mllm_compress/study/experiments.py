@@ -65,7 +65,7 @@ class Experiment:
             object.__setattr__(self, "importance", allowed[0])
         check_choice(f"importance for {self.pruning} pruning", self.importance, allowed)
         check_choice("train", self.train, TRAINS)
-        canonical_objective(self.recovery)  # an unknown or repeated loss is an error
+        object.__setattr__(self, "recovery", canonical_objective(self.recovery))
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
         kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), (float, Real, "a number"))
@@ -145,8 +145,6 @@ def canonical(experiment: Experiment) -> Experiment:
         changes |= dict(seed=seed, calibration_seed=seed)
         training = ("train", "fraction", "epochs", "returned", "adapters")
         changes |= {f.name: f.default for f in fields(e) if f.name in training}
-    else:
-        changes["recovery"] = canonical_objective(e.recovery)
     return replace(e, **changes)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-024

@@ -223,10 +223,15 @@ def models_in(given: dict) -> list:
 
 def misfits(p: Profile):
     "Yield a sentence for each mistake that concerns several values of a profile."
-    for name in ("models", "ratios", "fractions", "seeds", "calibration_seeds"):
-        values = getattr(p, name)
+    lists = ("models", "ratios", "fractions", "seeds", "calibration_seeds")
+    lists = {n: getattr(p, n) for n in lists} | {"benchmarks": p.evaluation.benchmarks}
+    for name, values in lists.items():
         if len(set(values)) < len(values):
             yield f"{name} {values} names a value twice."
+    for model in {**p.per_model, **p.towers, **p.printed}:
+        check_choice("model of per_model, towers or printed", model, [*p.models, *p.folders])
+    for name in p.evaluation.limits:
+        check_choice("benchmark of limits", name, p.evaluation.benchmarks)
     for training in (training_of(model, p) for model in [*p.models, *p.per_model]):
         for name in training.text:
             check_choice("text", name, TEXTS)

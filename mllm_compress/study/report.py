@@ -81,7 +81,9 @@ class Report:
         "The rows of these experiments and of the originals, with the label as `importance`."
         names = frame.result.map({name_of(e, self.setup): label for e, label in labels.items()})
         unnamed = names.isna() & (frame.pruning == "none") & bool(labels)
-        return frame.assign(importance=names.mask(unnamed, "original")).dropna(subset="importance")
+        named = frame.assign(importance=names.mask(unnamed, "original"))
+        once = named.drop_duplicates(["result", "importance", "benchmark"])
+        return once.dropna(subset="importance")
 
     def run(self, experiments: list) -> pd.DataFrame:  # as `study.run`
         "The results of experiments, on which captions and verdicts are then based."

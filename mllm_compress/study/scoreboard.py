@@ -91,7 +91,7 @@ def scoreboard(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-013
-CLAIM, FIELD = 2.2, 1.25  # inches: the width of a claim, and of each column
+CLAIM, FIELD = 2.2, 1.5  # inches: the width of a claim, and of each column
 
 
 def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure

@@ -55,12 +55,11 @@ class Estimate:
 
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
-        if math.isnan(self.questions):  # only an interval is known
-            variance, uncertain = ((self.high - self.low) / 2 / NORMAL) ** 2, 0.0
-        else:
-            variance, uncertain = self.questions + self.spread, self.spread**2 / self.freedom
-        freedom = variance**2 / uncertain if uncertain else math.inf
-        half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
+        known = not math.isnan(self.questions)  # else there is an interval only
+        questions = self.questions if known else ((self.high - self.low) / 2 / NORMAL) ** 2
+        over_seeds = float(stats.t.ppf((1 + level) / 2, self.freedom)) * math.sqrt(self.spread)
+        over_questions = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(questions)
+        half = math.hypot(over_questions, over_seeds)
         value, floor, top = self.value, self.floor, self.top
         if half == 0 or math.isinf(top - floor) or not floor < value < top:
             low, high = max(value - half, min(floor, value)), min(value + half, max(top, value))
@@ -285,9 +284,7 @@ def prior_variance(
     return float(np.exp(e.mean() + digamma(d0 / 2) - np.log(d0 / 2))), d0
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-044
-def pooled(
-    effects: dict,  # where -> Estimate
-) -> dict:  # the same with variances over seeds shrunk towards each other
+def pooled(effects: dict) -> dict:  # where -> Estimate
     "Estimates whose variances over seeds are shrunk towards each other."
     several = [e for e in effects.values() if e.seeds > 1 and e.spread > 0]
     variances, freedoms = [e.spread * e.seeds for e in several], [e.seeds - 1 for e in several]
@@ -303,9 +300,7 @@ def pooled(
     return out
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-048
-def average(
-    effects: dict,  # where -> Estimate
-) -> Estimate:
+def average(effects: dict) -> Estimate:  # of where -> Estimate
     "The mean of several settings, with an interval over pictures, and over seeds of models."
     known = [e for e in effects.values() if e.value == e.value]
     if not known:
@@ -382,10 +377,8 @@ class Basis:
         return f"{counts}, profile {self.profile}{failed}"
 
 
-def basis_of(
-    frame: pd.DataFrame,  # of `study.run`
-) -> Basis:
-    "Questions, seeds and profile of a frame, for captions."
+def basis_of(frame: pd.DataFrame) -> Basis:
+    "Questions, seeds and profile of a frame of `study.run`, for captions."
     done = frame[frame.status == "done"]
     answered, pruned = done.drop_duplicates(["model", "benchmark"]), done[done.pruning != "none"]
     n = answered.groupby("model").n.sum().max() if len(done) else 0

@@ -17,6 +17,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from lzma import LZMAError
 from pathlib import Path
 
 from ..utils import files
@@ -183,7 +184,7 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
                 return {}
             with archive.open(name) as member:
                 content = member.read(LIMIT + 1)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, LZMAError, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f"{wrong} ({error}): {cure}") from error
     if len(content) > LIMIT:
         raise ValueError(f"{wrong} ({name} would take more than {LIMIT >> 20} MB): {cure}")

@@ -168,7 +168,7 @@ class Place:
 
     def stop(self) -> None:
         "End the process; its current experiment is dropped."
-        if self.pool is not None:
+        if self.process is not None:
             self.process.kill()
             self.pool.shutdown(cancel_futures=True)
         self.pool = self.process = None

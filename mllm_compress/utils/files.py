@@ -34,20 +34,15 @@ def content_hash(
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-007
-def sha256(
-    path: Path,  # of a file
-) -> str:  # 64 hexadecimal digits
+def sha256(path: Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 of a file."
-    digest = hashlib.sha256()
+    from huggingface_hub.utils.sha import sha_fileobj
+
     with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
-def file_hash(
-    path,  # a file, or a folder with all that is in it
-) -> str:  # 20 hexadecimal digits
+def file_hash(path) -> str:  # 20 hexadecimal digits
     "A hash of the bytes of a file, or of the names and bytes in a folder."
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
