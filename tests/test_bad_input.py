@@ -48,6 +48,7 @@ ENTRIES = {
     "boolean-answer": (said(("human", "a"), ("gpt", True)), "bool where a turn should be text"),
     "unknown-speaker": (said(("bot", "a"), ("gpt", "b")), "use human, user, gpt"),
     "late-system": (said(("human", "a"), ("system", "x"), ("gpt", "b")), "put it first"),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "leave it out"),
     "audio-part": (
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "use parts of type text or image",
@@ -635,8 +636,7 @@ def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     listed = re.search("Unknown model|The notebook has:", lines[0])  # a line per model, parameter
     assert len(lines) == 1 or listed, lines
     assert re.search(says, result.stderr), result.stderr
-    assert "Traceback" not in result.output
-    assert after == before
+    assert "Traceback" not in result.output and after == before
 
 
 def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):

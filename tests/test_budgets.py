@@ -131,8 +131,7 @@ def test_one_layer_of_each_kind_stays(tiny_lm):
 def test_the_depth_with_the_smallest_divergence_is_taken(tiny_llava):
     model, processor = tiny_llava
     batches = calibration_batches(small_data("train"), processor, n=64)
-    n = 4
-    costs = UnitCosts("latency", "s", 0.0, (1.0,) * n, (0.01,) * n, (0.001,) * n)
+    costs = UnitCosts("latency", "s", 0.0, (1.0,) * 4, (0.01,) * 4, (0.001,) * 4)
     small, plan = prune(model, batches, budget={"latency": 0.6}, costs=costs)
     tried = plan.meta["search"]["front"]
     assert tried[0]["kl_refit"] <= tried[1]["kl_refit"]

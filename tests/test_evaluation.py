@@ -11,7 +11,7 @@ from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.data.batches import SizedCache, stop_tokens
-from mllm_compress.evaluation import generation, scoring
+from mllm_compress.evaluation import benchmarks, generation, scoring
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
 from mllm_compress.evaluation.generation import answer_questions
 
@@ -234,8 +234,7 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "answer_questions", dies_later)
     with pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path, save_every=8)
-    stored = scoring.load_predictions(tmp_path)
-    assert len(stored.drop_duplicates(["benchmark", "id"])) == 16
+    assert len(scoring.load_predictions(tmp_path).drop_duplicates(["benchmark", "id"])) == 16
     later = []
     counting = lambda m, p, asked, *more: later.extend(asked) or answered(m, p, asked, *more)
     monkeypatch.setattr(scoring, "answer_questions", counting)
@@ -269,3 +268,10 @@ def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa
     assert (scores == 100).all()
     bare = right[right.benchmark == "pope"].assign(prediction=lambda f: f.prediction + ".")
     assert scoring.score_all(scoring.judge(bare)).score[0] == 100
+
+
+def test_questions_with_one_id_are_refused(monkeypatch):
+    twice = benchmarks.Benchmark("twice", "exact", lambda **_: [Question("1", "?", "a", ())] * 2, 4)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "twice", twice)
+    with pytest.raises(ValueError, match="twice: two questions have one id"):
+        load_questions("twice")

@@ -352,3 +352,12 @@ def test_grids_that_cannot_be_are_named():
         check_fewer({"sft": {"ways": ["layer"]}}, ["sft"], {"ways": ["layers"]})
     with pytest.raises(ValueError, match="sft must hold ratios or seeds"):
         check_fewer({"sft": {"models": ["m"]}}, ["sft"])
+
+
+def test_seeds_that_share_a_result_count_each_and_a_row_once(monkeypatch):
+    monkeypatch.setattr("mllm_compress.study.report.name_of", lambda e, _: e.quantize)
+    labels = dict.fromkeys(seeded(0.8, quantize="nf4"), "4 bits")
+    frame = answered(ORIGINAL | dict.fromkeys(labels, 0.8)).assign(result=lambda f: f.quantize)
+    rows = Report("99_demo", "smoke").labelled(pd.concat([frame, frame]), labels)
+    counts = rows.groupby("importance").seed.agg(["size", "nunique"])
+    assert counts.T.to_dict("list") == {"4 bits": [3, 3], "original": [1, 1]}

@@ -43,8 +43,8 @@ READ = [
             None: ["A red circle", "b", "F", "The answer is F", "", "green or blue"],
         },
     ),
-    ("letter", {"answer": "H", "options": list("stuvwxyz")}, {"H": ["(H)"]}),
-    ("letter", {"answer": "A", "options": ["x", "x"]}, {None: ["x"]}),  # names two options
+    ("letter", {"answer": "H", "options": [*"stuvwxyz"] * 4}, {"H": ["(H)"], None: ["32"]}),
+    ("letter", {"answer": "A", "options": ["x", "x", ""]}, {None: ["x", ""]}),  # two options, none
     (
         "mmmu",
         {"answer": "C", "options": COLORS},

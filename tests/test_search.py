@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contract_cases import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -171,6 +172,12 @@ def test_mistakes_are_one_clear_line(model, batches, name):
     with pytest.raises(ValueError, match=says) as error:
         search(model, few or batches, **about)
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_budget_takes_layers_where_heads_must_stay():
+    tokens = [{"input_ids": torch.arange(640).reshape(8, 80) % 60 + 3}]
+    plan = prune(build("gemma4_text", torch.float32), tokens, budget={"kv": 0.7})[1]
+    assert plan.removed_layers and not plan.heads
 
 
 def test_prune_searches_for_a_ratio_or_a_budget(model, batches):

@@ -233,8 +233,10 @@ class Anatomy:
     @property
     def layer_types(self) -> list:
         "The kind of attention of every layer; all the same where the config names none."
-        named = getattr(self.text_config, "layer_types", None)
-        return named or ["full_attention"] * self.num_layers
+        config, window = self.text_config, getattr(self.text_config, "sliding_window", None)
+        slides = window is not None and window < config.max_position_embeddings
+        kind = "sliding_attention" if slides else "full_attention"
+        return getattr(config, "layer_types", None) or [kind] * self.num_layers
 
     @property
     def fixed_layers(self) -> dict:  # layer -> why

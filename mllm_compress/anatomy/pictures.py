@@ -160,6 +160,4 @@ def shares_prefixes(parts: Anatomy) -> bool:
     text, row = parts.text_config, parts.wrapper
     plain = row is None or row.plain
     capped = getattr(text, "attn_logit_softcapping", None) is not None
-    typed, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    slides = not typed and window is not None and window < text.max_position_embeddings
-    return plain and not (capped or slides) and set(parts.layer_types) == {"full_attention"}
+    return plain and not capped and set(parts.layer_types) == {"full_attention"}

@@ -187,9 +187,9 @@ def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its
     groups, neurons, _ = (list(widths) for widths in zip(*parts.widths))
     queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
     one_or_all = lambda values: values[0] if len(set(values)) == 1 else values
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = window and (not types or "sliding_attention" in types)  # llama.cpp has no window
-    limits = (config.max_position_embeddings, *([window] if slides else []))
+    limits = [config.max_position_embeddings]
+    if "sliding_attention" in parts.layer_types:  # llama.cpp has no window
+        limits.append(config.sliding_window)
     values = {
         "add_context_length": min(limits),
         "add_embedding_length": parts.hidden_size,

@@ -141,7 +141,7 @@ def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
     "A plan that removes about a third, by random scores."
     units = mc.importance.criteria.random_scores(model)
     parts, scores = mc.anatomy.anatomy(model), mc.importance.criteria.random_layers(model)
-    base, how = None, {"shape": "uniform" if kind == "uniform" else "blockwise"}
+    base, shape = None, "uniform" if kind == "uniform" else "blockwise"
     if kind in ("layerwise", "combined"):
         candidates = mc.pruning.pruning_plan.removable(parts, range(parts.num_layers))
         if not candidates:
@@ -149,9 +149,9 @@ def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
         base = mc.pruning.plan_layerwise(model, scores, n_layers=max(1, len(candidates) // 3))
     if kind == "layerwise":
         return base
-    if parts.num_layers - bool(base) < 3 and kind != "uniform":
-        how["protect"] = 0, 0
-    return mc.pruning.plan_widthwise(model, units, channel_ratio=0.5, base=base, **how)
+    how = dict(channel_ratio=0.5, shape=shape, base=base)
+    how["protect"] = (0, 0) if len(base.layers if base else parts.layers) < 3 else None
+    return mc.pruning.plan_widthwise(model, units, **how)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-022
 @mc.zoo.models.quiet_loading()

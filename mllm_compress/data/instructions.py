@@ -154,6 +154,8 @@ def _read_turns(entry: dict, raw, answered: bool) -> tuple:  # (turns, their pic
     if not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
         raise EntryError(entry, "has no list of turns", "write a list of objects")
     for turn in raw:
+        if turn.get("tool_calls") or turn.get("weight") == 0:
+            raise EntryError(entry, "has tool calls, or a turn of weight 0", "leave it out")
         speaker = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):

@@ -153,7 +153,10 @@ def load_questions(
     root: str | None = None,  # folder of the public sets
 ) -> tuple:  # of Question
     "Questions of a benchmark, held in memory for the next model."
-    return tuple(benchmark(name).load(split=split, limit=limit, root=root))
+    questions = tuple(benchmark(name).load(split=split, limit=limit, root=root))
+    if len({question.id for question in questions}) < len(questions):
+        raise ValueError(f"{name}: two questions have one id; give each its own.")
+    return questions
 
 
 def take(questions: list, limit: int | None) -> list:  # of Question
@@ -309,11 +312,10 @@ def own_questions(
             expected = answer.rstrip(".") if scorer == "yes_no" else answer
             if allowed and not {expected, expected.lower()} & {*allowed}:
                 raise ValueError(
-                    f"{name} has the answer {answer!r}: the scorer {scorer} needs one of "
-                    f"{', '.join(allowed)}."
+                    f"{name} has the answer {answer!r}: {scorer} needs one of {', '.join(allowed)}."
                 )
             if scorer == "anls":
-                expected = answers_of(entry, ("answers",)) or [answer]
+                expected = answers_of(entry, ("answers", "answer"))[: len(pairs) == 1] or [answer]
             about = {"options": tuple(map(str, options))}
             about |= {"extra": {"system": entry["system"]}} if entry.get("system") else {}
             questions.append(Question(f"{number}/{k}", prompt, expected, shown, **about))
@@ -487,6 +489,6 @@ for name, row in ROWS.items():
     else:
         source = Source(*row["source"], tuple(row["columns"].split()), row.get("images"))
         load = partial(public_questions, partial(ADAPTERS[function], *details), source)
-    about = dict(max_new_tokens=row["max_new_tokens"], help=row["help"], source=source)
-    register_benchmarks([Benchmark(name, row["scorer"], load, **about)])
+    about = {key: row[key] for key in ("max_new_tokens", "help", "version") if key in row}
+    register_benchmarks([Benchmark(name, row["scorer"], load, source=source, **about)])
 SMALL_SUITE = tuple(name for name, row in ROWS.items() if "source" not in row)

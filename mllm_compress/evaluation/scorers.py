@@ -70,8 +70,8 @@ def read_letter(text: str, options: list) -> str | None:
         if len(letters) == 1 and (letter := letters.pop()) in allowed:
             return letter
     bare = text.rstrip(".").lower()
-    named = [i for i, o in enumerate(options) if str(o).strip().rstrip(".").lower() == bare]
-    return allowed[named[0]] if len(named) == 1 else None
+    named = [a for a, o in zip(allowed, options) if str(o).strip().rstrip(".").lower() == bare]
+    return named[0] if len(named) == 1 and bare else None
 
 
 def letter(text: str, question: dict) -> Judgement:  # needs "answer": a letter; "options": texts

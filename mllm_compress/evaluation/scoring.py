@@ -143,9 +143,7 @@ def evaluate(
     load = lambda name, end="": load_questions(name + end, split, most.get(name), root)
     questions = {name: load(name) for name in names}
     if empty := [name for name in names if not questions[name]]:
-        raise ValueError(
-            f"{', '.join(empty)}: no questions there, or none with pictures; leave it out."
-        )
+        raise ValueError(f"{', '.join(empty)}: no questions, or none with pictures; leave it out.")
     pictures = [name for name in names if any(q.images for q in questions[name])]
     if pictures and wrapper_of(model.config) is None:
         raise ValueError(
@@ -153,6 +151,8 @@ def evaluate(
             "--benchmark perplexity --data FILE, --benchmark text/quotes (or another text/…), or "
             "--questions FILE without images."
         )
+    if blind := [name for name in pictures if not benchmark(name).max_new_tokens]:
+        raise ValueError(f"{blind[0]}: likelihoods see no pictures; max_new_tokens must exceed 0.")
     for name in pictures if other_pictures else ():
         if not name.endswith(OTHER_PICTURES):
             questions |= {f"{name}/{end}": load(name, f"/{end}") for end in OTHER_PICTURES}
@@ -162,17 +162,15 @@ def evaluate(
         folder = Path(folder)
         claim(folder, answered_by(model, processor) | {"split": split}, "answers")
         frames = [load_predictions(folder)] if list(folder.glob("*/part-*.parquet")) else []
-    answered = {key for frame in frames for key in zip(frame.benchmark, frame.id)}
-    missing = [(n, q) for n, q in asked if (n, q.id) not in answered]
+    answered = {key for frame in frames for key in zip(frame.benchmark, frame.id, frame.prompt)}
+    missing = [(n, q) for n, q in asked if (n, q.id, q.prompt) not in answered]
     seen = {}  # first image -> the order in which it appears
     rank = lambda q: seen.setdefault(id(q.images[0]) if q.images else None, len(seen))
     with tqdm(total=len(missing), desc="questions", leave=False, disable=None) as bar:
         for length in dict.fromkeys(tokens.values()):
-            pairs = [(n, q) for n, q in missing if tokens[n] == length]
-            pairs.sort(key=lambda pair: rank(pair[1]))
+            pairs = sorted((p for p in missing if tokens[p[0]] == length), key=lambda p: rank(p[1]))
             for some in (pairs[s : s + save_every] for s in range(0, len(pairs), save_every)):
-                portion = [q for _, q in some]
-                given = (model, processor, portion)
+                given = model, processor, [q for _, q in some]
                 if length:
                     answers = answer_questions(*given, length, batch_size, bar.update)
                 else:  # nothing is generated
@@ -183,7 +181,7 @@ def evaluate(
                     if folder is not None:
                         write_part(frames[-1], folder)
     frame = pd.concat(frames, ignore_index=True)
-    indexed = frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"])
+    indexed = frame.groupby(["benchmark", "id"]).tail(1).set_index(["benchmark", "id"])
     in_order = indexed.loc[[(n, q.id) for n, q in asked]].reset_index()[frame.columns]
     judged = judge(in_order)
     return (score_all(judged), judged) if return_predictions else score_all(judged)

@@ -231,7 +231,7 @@ class Space:
     def step(self, i: int, counts: dict, down: bool) -> tuple | None:
         "(saliency per cost, layer, count, cost) of the next unit to leave or to come back."
         kind = self.spent_on
-        n, lost = counts[i][UNITS.index(kind)], self.lost[kind, i]
+        n, lost = counts[i][UNITS.index(kind)], self.lost.get((kind, i))
         if (m := self.beside(kind, i, n, down)) is None:
             return None
         price = abs(n - m) * self.costs.price(kind, i)

@@ -535,6 +535,7 @@ def recover(
                 callbacks=[Bar()] * progress + [*callbacks] * (not last_step),
             )
             last = [None, *sort_checkpoints(args.output_dir)][-1]
+            run.args.eval_on_start &= last is None  # or its look would count twice
             with use_attention(module.parts.model, attention), use_attention(tower, attention):
                 try:
                     run.train(resume_from_checkpoint=last)

@@ -82,7 +82,7 @@ class Report:
         names = frame.result.map({name_of(e, self.setup): label for e, label in labels.items()})
         unnamed = names.isna() & (frame.pruning == "none") & bool(labels)
         named = frame.assign(importance=names.mask(unnamed, "original"))
-        once = named.drop_duplicates(["result", "importance", "benchmark"])
+        once = named.drop_duplicates(["result", "importance", "benchmark", "seed"])
         return once.dropna(subset="importance")
 
     def run(self, experiments: list) -> pd.DataFrame:  # as `study.run`

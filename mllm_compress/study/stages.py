@@ -493,9 +493,9 @@ def unpacked_answers(value: dict) -> list:  # of Answer
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-018
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
-    value = lambda stage, name: value_of(stage, canonical(experiment), profile, results, name)
-    lost = lambda name: not results.path("answers", key_of("answers", e, profile, name)).exists()
     e, names = canonical(experiment), profile.evaluation.benchmarks
+    value = lambda stage, name: value_of(stage, e, profile, results, name)
+    lost = lambda name: not results.path("answers", key_of("answers", e, profile, name)).exists()
     scores = [name for name in names if value("score", name) is None or lost(name)]
     return {"score": scores, "answers": [name for name in scores if value("answers", name) is None]}
 
