@@ -87,7 +87,8 @@ def test_ties_are_named_with_the_cheapest(ask):
     assert list(given.rows.tied) == [True, True, True, False, False] and not given.rows.open.any()
     assert "points less, a tie)" in given.text and "2 settings are tied" in given.text
     cheap = "the cheapest: prune layerwise (x) at ratio 0.30 (achieved 0.300), then train projector"
-    assert cheap in given.text and given.rows.behind.round(6).tolist() == [0, 0.25, 0.5, 9, 29]
+    assert cheap in given.text
+    assert given.rows.behind.round(6).tolist() == [0, 0.25, 0.5, 9, 29]
     assert "tie" not in ask(ratio=0.6).text
 
 

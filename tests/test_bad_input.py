@@ -636,7 +636,8 @@ def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     listed = re.search("Unknown model|The notebook has:", lines[0])  # a line per model, parameter
     assert len(lines) == 1 or listed, lines
     assert re.search(says, result.stderr), result.stderr
-    assert "Traceback" not in result.output and after == before
+    assert "Traceback" not in result.output
+    assert after == before
 
 
 def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):

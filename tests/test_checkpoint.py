@@ -138,8 +138,7 @@ LONG_ROPE |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 1
 def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp_path):
     model, folder = saved(tmp_path, name, "uniform", **options)
     assert kind_of(folder) == "pruned"
-    again = load_pruned(folder)[0]
-    assert same(model, again)
+    assert same(model, load_pruned(folder)[0])
 
 
 @pytest.mark.parametrize(
@@ -194,8 +193,7 @@ def test_sharded_checkpoints(kind, tmp_path):
     save_pruned(model, plan, tmp_path / "out", max_shard_size="20KB")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
-    again = load_pruned(tmp_path / "out")[0]
-    assert same(model, again)
+    assert same(model, load_pruned(tmp_path / "out")[0])
     first, second = shards[0].read_bytes(), shards[1].read_bytes()
     shards[0].write_bytes(second), shards[1].write_bytes(first)
     swapped = f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"

@@ -53,14 +53,14 @@ def support_row(config, findings: list) -> dict:
 def test_every_row_is_tried():
     configs = [cases.build(name).config for name in cases.MLLMS]
     tried = {config.get_text_config().model_type for config in configs} | set(cases.LMS)
-    assert tried == set(FAMILIES) and {config.model_type for config in configs} == set(WRAPPERS)
+    assert tried == set(FAMILIES)
+    assert {config.model_type for config in configs} == set(WRAPPERS)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_contract(name):
     model = cases.build(name, torch.float32)
-    processor = cases.processor(name)
-    findings = run_checks(Case(model, processor))
+    findings = run_checks(Case(model, cases.processor(name)))
     broken = {f.check: f.detail for f in findings if f.passed is False}
     skipped = {f.check for f in findings if f.passed is None}
     assert not broken
@@ -162,8 +162,7 @@ def test_layers_that_receive_features_stay():
 
 def test_both_kinds_of_attention_survive():
     model = cases.build("gemma3")
-    plan = plan_layerwise(model, random_layers(model), n_layers=4)
-    small = apply_plan(model, plan)
+    small = apply_plan(model, plan_layerwise(model, random_layers(model), n_layers=4))
     assert sorted(small.config.text_config.layer_types) == ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="all layers with full_attention would go.*1,3,5"):
         plan_layerwise(model, layers=[1, 3, 5])

@@ -247,8 +247,7 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     assert (ids[0] == 1) == (name == "llava")
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()
-    out = releases.convert_original(folder, tmp_path / "out")
-    again = AutoProcessor.from_pretrained(out)
+    again = AutoProcessor.from_pretrained(releases.convert_original(folder, tmp_path / "out"))
     prompt = again.apply_chat_template([QUESTION], add_generation_prompt=True)
     assert again(images=image, text=prompt)["input_ids"][0] == ids
 

@@ -208,7 +208,8 @@ def test_a_hybrid_removes_the_layers_of_its_share_and_has_the_size_of_width_alon
         first, again = (planned(e, model, units, width, base) for _ in range(2))
         alone = planned(replace(e, layer_share=0.0), model, units, width)
         assert first == again and first.method == "layerwise+widthwise"
-        assert first.layers == base.layers and len(first.layers) < 10 == len(alone.layers)
+        assert first.layers == base.layers
+        assert len(first.layers) < 10 == len(alone.layers)
         whole = plan_layerwise(model, layers, ratio=ratio).achieved_ratio
         assert first.achieved_ratio == pytest.approx(whole, abs=0.02)
 

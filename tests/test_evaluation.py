@@ -54,8 +54,7 @@ def with_early_stops(model, processor):
     model = copy.deepcopy(model)
     words = [a.text.split() for a in answer_questions(model, processor, mixed(), 6)]
     liked = sorted({w[k] for k, w in zip((1, 2, 3, 4), words[::7]) if len(w) > k})
-    ends = processor.tokenizer.convert_tokens_to_ids(liked)
-    model.generation_config.eos_token_id = [2, *ends]
+    model.generation_config.eos_token_id = [2, *processor.tokenizer.convert_tokens_to_ids(liked)]
     return model
 
 
@@ -251,6 +250,11 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
             run(folder=tmp_path)
     again = scoring.score_all(scoring.load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
+    with monkeypatch.context() as other:  # the questions change, and are changed back
+        asking = lambda *a: [replace(q, prompt=f"{q.prompt}!") for q in load_questions(*a)]
+        other.setattr(scoring, "load_questions", asking)
+        assert run(folder=tmp_path)[1].prompt.str.endswith("!").all() and len(later) == 24 + 40
+    assert run(folder=tmp_path)[1].equals(answers) and len(later) == 24 + 40
 
 
 def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa: F811
@@ -275,3 +279,10 @@ def test_questions_with_one_id_are_refused(monkeypatch):
     monkeypatch.setitem(benchmarks.BENCHMARKS, "twice", twice)
     with pytest.raises(ValueError, match="twice: two questions have one id"):
         load_questions("twice")
+
+
+def test_likelihoods_are_not_read_without_the_picture(tiny_llava, monkeypatch):
+    blind = replace(benchmarks.benchmark("scenes/open"), name="blind", max_new_tokens=0)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "blind", blind)
+    with pytest.raises(ValueError, match="blind: likelihoods see no pictures"):
+        scoring.evaluate(*tiny_llava, "blind", limit=2)

@@ -112,8 +112,7 @@ def test_recipes_and_budgets_remove_experts(tmp_path):
     batches = [noise_batch(model, seed, batch=8) for seed in range(4)]
     small, plan = prune(model, batches, ratio=0.3, recipe="uniform")
     assert plan.experts and small.config.num_local_experts == len(plan.experts[0]) == 3
-    scores = width_importance(model, batches, "gauss_newton")
-    scores.save(tmp_path)
+    width_importance(model, batches, "gauss_newton").save(tmp_path)
     again = load_scores(tmp_path)
     options = dict(budget={"parameters": 0.6}, allocation="global")
     plan = plan_widthwise(model, again, **options)

@@ -187,8 +187,7 @@ def test_the_tower_knows_what_imagenet_knows():
 
 def shipped() -> tuple:  # (names of the weights, record)
     names = set(safe.load(eyes.unpacked(eyes.TRAINED)))
-    record = eyes.TRAINED.with_name("training.json").read_text(encoding="utf-8")
-    return names, json.loads(record)
+    return names, json.loads(eyes.TRAINED.with_name("training.json").read_text(encoding="utf-8"))
 
 
 def test_what_ships_is_small_and_holds_the_projector_and_the_adapters_of_every_layer():

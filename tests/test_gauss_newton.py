@@ -60,8 +60,7 @@ def mask_gradients(model, batch, of_states):
 
 def naive(model, batch, of_states):
     "Squared gradients, summed over tokens, by (layer, kind)."
-    parts = anatomy(model)
-    kinds = {s.name: s.kind for s in parts.linears(0)}
+    kinds = {s.name: s.kind for s in anatomy(model).linears(0)}
     found = mask_gradients(model, batch, of_states)
     return {(i, kinds[n]): g.square().sum((0, 1)).float() for (i, n), g in found.items()}
 

@@ -30,8 +30,7 @@ def integers(batch: dict) -> dict:
 def batch_numbers(turns: str, **kwargs) -> dict:
     "One batch of three scenes."
     data = scenes.scene_data(n=3)
-    processor = tiny_models.tiny_processor("llava")
-    collate = batches.Collator(processor, data, turns, **kwargs)
+    collate = batches.Collator(tiny_models.tiny_processor("llava"), data, turns, **kwargs)
     return integers(collate([data[i] for i in range(3)]))
 
 

@@ -40,8 +40,7 @@ def test_a_guide_runs_and_is_a_page(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
 def test_a_start_notebook_shows_its_results(path):
-    nb = nbformat.read(path, 4)
-    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
     assert path.stat().st_size <= 300_000
     assert path.stem != "quickstart" or "% of its score" in str(outputs[0]), "the result first"
     assert any("image/png" in o.get("data", {}) for o in outputs), "a picture"
@@ -49,8 +48,7 @@ def test_a_start_notebook_shows_its_results(path):
 
 
 def test_the_commands_of_the_compression_guide_exist():
-    path = next(p for p in START if p.stem == "compress_your_own")
-    text = path.read_text(encoding="utf-8")
+    text = next(p for p in START if p.stem == "compress_your_own").read_text(encoding="utf-8")
     for command, options in (
         ("convert", ["--tower", "--dtype"]),
         ("check", []),

@@ -254,8 +254,7 @@ def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, 
     nb.cells[2:] = [new_code_cell("import os\n\nprint('here', os.environ.get('TQDM_DISABLE'))")]
     nb.cells[-1].metadata["tags"] = ["clock"]
     nbformat.write(nb, "nbs/study/04_alone.ipynb")
-    plan = runner.plan_study("small.yaml")
-    (problem,) = runner.run_notebooks(plan, "small.yaml")
+    (problem,) = runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml")
     assert problem.startswith("03_broken failed in cell") and "ZeroDivisionError" in problem
     made = Path("runs/small/figures")
     assert (made / "01_table-scores.csv").read_bytes() == tables(whole[0])[0]
@@ -274,8 +273,7 @@ def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
         nb.cells = [nb.cells[1], new_code_cell("experiments = []", metadata={"tags": ["grid"]})]
         nb.cells.append(new_code_cell(source))
         nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
-    plan = runner.plan_study("small.yaml")
-    (problem,) = runner.run_notebooks(plan, "small.yaml")
+    (problem,) = runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml")
     assert problem.startswith("02_dies failed") and "Dead" in problem
     for name in ("01_table", "03_third"):
         assert "False 0" in Path(f"runs/small/figures/{name}.ipynb").read_text()

@@ -41,8 +41,7 @@ def test_prune_in_one_step_is_prune_from_scores(here):
     one, two = (load_file(f"{name}/model.safetensors") for name in ("stored", "direct"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert Path("direct/plan.png").is_file()
-    shown = facts("show", "direct")
-    step = shown["provenance"][0]
+    step = facts("show", "direct")["provenance"][0]
     assert step["step"] == "prune" and step["calibration"]["samples"] == 4
     assert step["scores"]["kind"] == "block_influence" and "torch" in step["environment"]
     assert facts("show", "scores")["kind"] == "block_influence"
@@ -248,8 +247,7 @@ def test_a_blockwise_folder_loads_as_a_model_and_as_a_teacher(here):
     run("prune", "block", "-o", "smaller", "--layers", "1")
     data = ("--data", "mine.json", "--batch-size", 2)
     run("recover", "smaller", "--teacher", "block", "-o", "out", *data)
-    steps = [s["step"] for s in facts("show", "out")["provenance"]]
-    assert steps == ["prune", "prune", "recover"]
+    assert [s["step"] for s in facts("show", "out")["provenance"]] == ["prune", "prune", "recover"]
 
 
 def test_the_card_is_what_the_hub_reads(here):

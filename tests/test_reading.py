@@ -270,6 +270,9 @@ def test_rows_with_pictures_and_parquet_files(tmp_path):
         assert [turns(e) for e in data.samples] == [[("red?", "yes")], [("is one two?", "no")]]
     asked = own_benchmark(tmp_path / "rows.parquet", scorer="yes_no").load()
     assert open_image(asked[0].images[0]).size == (8, 8) and not asked[1].images
+    named = [{"question": "w?", "answer": ["12", "twelve"]}]
+    (tmp_path / "a.json").write_text(json.dumps(named))
+    assert own_benchmark(tmp_path / "a.json", scorer="anls").load()[0].answer == ["12", "twelve"]
     path = [{"image": "../secret.png", "question": "a?", "answer": "b"}]
     with pytest.raises(ValueError, match="decode it"):
         from_rows(path)

@@ -94,8 +94,7 @@ def test_a_second_round_scores_what_the_first_one_left():
     middle, first = prune(model, data, 0.25, ridge=0.1, **GLOBAL)
     scores = width_importance(middle, data, method="gauss_newton")
     rest = 1 - 0.5 / (1 - first.achieved_ratio)
-    second = plan_widthwise(middle, scores, ratio=rest, allocation="global")
-    total = compose_plans(first, second)
+    total = compose_plans(first, plan_widthwise(middle, scores, ratio=rest, allocation="global"))
     again = reconstruct(apply_plan(model, total), model, data, total, ridge=0.1)
     assert (plan.heads, plan.neurons) == (total.heads, total.neurons) and plan <= first
     assert plan.requested_ratio == 0.5 and abs(plan.achieved_ratio - 0.5) < 0.02
@@ -215,8 +214,7 @@ def test_uniform_shapes_and_layers_are_refitted_too(here):
     options = (*DATA, "--ridge", 0.1)
     code, _, note = ask("prune", "llava", "-o", "u", "--ratio", 0.3, "--shape", "uniform", *options)
     assert code == 0, note
-    stock = AutoModelForImageTextToText.from_pretrained("u")
-    assert stock.config.reconstructed["ridge"] == 0.1
+    assert AutoModelForImageTextToText.from_pretrained("u").config.reconstructed["ridge"] == 0.1
     code, _, note = ask("prune", "llava", "-o", "l", "--layers", 1, "--reconstruct", *options)
     assert code == 0, note
     plain = ask("prune", "llava", "-o", "p", "--layers", 1)

@@ -226,8 +226,7 @@ def test_projector_alone(run, pair, data):
 
 def test_a_warmup_may_take_all_steps(tmp_path):
     config = RecoveryConfig(**SFT, warmup=1.0)
-    arguments = training.training_arguments(config, tmp_path, 0, None, {})
-    assert arguments.get_warmup_steps(100) == 100
+    assert training.training_arguments(config, tmp_path, 0, None, {}).get_warmup_steps(100) == 100
 
 
 def test_projector_and_lm_in_full(run, pair):

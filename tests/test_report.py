@@ -294,8 +294,7 @@ def test_shares_are_paired_with_the_original():
 
 def test_a_failed_original_takes_only_its_own_model_with_it():
     kept = ORIGINAL | seeded(0.9, "layerwise", 0.15)
-    models = {replace(e, model=m): w for m in "mk" for e, w in kept.items()}
-    frame = answered(models)
+    frame = answered({replace(e, model=m): w for m in "mk" for e, w in kept.items()})
     lost = (frame.model == "k") & (frame.pruning == "none")
     frame.loc[lost, "status"] = "failed"
     rows = summary(frame).set_index(["model", "pruning"])

@@ -68,8 +68,7 @@ def test_rounding_changes_linear_maps_of_the_decoder_only(tiny_llava):
 
 def test_bytes_follow_the_plan(tiny_llava):
     model, _ = tiny_llava
-    plan = make_plan(model, layers=[0, 1, 3], neurons={0: range(100)})
-    small = apply_plan(model, plan)
+    small = apply_plan(model, make_plan(model, layers=[0, 1, 3], neurons={0: range(100)}))
     assert alternatives.stored_bytes(small) == 2 * lm_parameters(small)
     inside = sum(m.weight.numel() for m in alternatives.matrices(small))
     rows = sum(m.weight.shape[0] for m in alternatives.matrices(small))

@@ -104,7 +104,8 @@ def test_a_batch_is_what_the_native_processor_makes(shop, mine, tiny_llava):
             word for _, answer in instructions.turns(entry) for word in (answer, "</s>")
         ]
     batch = collate([mine[i] for i in range(4)])
-    assert len(batch["pixel_values"]) == 2 + 3 + 1 and torch.isfinite(model(**batch).loss)
+    assert len(batch["pixel_values"]) == 2 + 3 + 1
+    assert torch.isfinite(model(**batch).loss)
 
 
 @torch.no_grad()

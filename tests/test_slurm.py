@@ -102,8 +102,7 @@ def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
     slurm.submit([EXPERIMENTS[:1]], 1, SMOKE, results)
     while not slurm.in_queue(set(NAMES[:1]), results):
         time.sleep(0.05)
-    frame = study.run(EXPERIMENTS[:1], SMOKE, executor="slurm", quiet=True)
-    assert frame.status.eq("done").all()
+    assert study.run(EXPERIMENTS[:1], SMOKE, executor="slurm", quiet=True).status.eq("done").all()
     assert len(list(results.folder.glob(f"slurm/*/{slurm.JOBS}"))) == 1
 
 

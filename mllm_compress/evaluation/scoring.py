@@ -157,13 +157,14 @@ def evaluate(
         if not name.endswith(OTHER_PICTURES):
             questions |= {f"{name}/{end}": load(name, f"/{end}") for end in OTHER_PICTURES}
     tokens = {name: benchmark(name).max_new_tokens for name in questions}
-    asked = [(name, q) for name, some in questions.items() for q in some]
+    asked = {(name, q.id, q.prompt): q for name, some in questions.items() for q in some}
     if folder is not None:
         folder = Path(folder)
         claim(folder, answered_by(model, processor) | {"split": split}, "answers")
         frames = [load_predictions(folder)] if list(folder.glob("*/part-*.parquet")) else []
-    answered = {key for frame in frames for key in zip(frame.benchmark, frame.id, frame.prompt)}
-    missing = [(n, q) for n, q in asked if (n, q.id, q.prompt) not in answered]
+    key = ["benchmark", "id", "prompt"]  # of a question: its text may have changed
+    answered = {row for frame in frames for row in zip(*(frame[c] for c in key))}
+    missing = [(row[0], q) for row, q in asked.items() if row not in answered]
     seen = {}  # first image -> the order in which it appears
     rank = lambda q: seen.setdefault(id(q.images[0]) if q.images else None, len(seen))
     with tqdm(total=len(missing), desc="questions", leave=False, disable=None) as bar:
@@ -181,9 +182,8 @@ def evaluate(
                     if folder is not None:
                         write_part(frames[-1], folder)
     frame = pd.concat(frames, ignore_index=True)
-    indexed = frame.groupby(["benchmark", "id"]).tail(1).set_index(["benchmark", "id"])
-    in_order = indexed.loc[[(n, q.id) for n, q in asked]].reset_index()[frame.columns]
-    judged = judge(in_order)
+    in_order = frame.drop_duplicates(key).set_index(key).loc[[*asked]].reset_index()
+    judged = judge(in_order[frame.columns])
     return (score_all(judged), judged) if return_predictions else score_all(judged)
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #grounding-code
