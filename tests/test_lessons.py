@@ -58,7 +58,7 @@ def test_lessons_hold(name, checkout, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir((checkout / name).parent)
     environment, threads = dict(os.environ), torch.get_num_threads()
-    scope = {"__name__": "__main__", "display": print}
+    scope = {"__name__": "lesson", "display": print}
     torch.manual_seed(0)
     try:
         for cell in nbformat.read(checkout / name, 4).cells:
