@@ -250,11 +250,12 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
             run(folder=tmp_path)
     again = scoring.score_all(scoring.load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
-    with monkeypatch.context() as other:  # the questions change, and are changed back
-        asking = lambda *a: [replace(q, prompt=f"{q.prompt}!") for q in load_questions(*a)]
-        other.setattr(scoring, "load_questions", asking)
-        assert run(folder=tmp_path)[1].prompt.str.endswith("!").all() and len(later) == 24 + 40
-    assert run(folder=tmp_path)[1].equals(answers) and len(later) == 24 + 40
+    for field, n in {"prompt": 24 + 40, "answer": 24 + 80}.items():  # changed, and changed back
+        with monkeypatch.context() as other:
+            more = lambda q: replace(q, **{field: f"{getattr(q, field)}!"})
+            other.setattr(scoring, "load_questions", lambda *a: [*map(more, load_questions(*a))])
+            assert run(folder=tmp_path)[1][field].str.endswith("!").all() and len(later) == n
+        assert run(folder=tmp_path)[1].equals(answers) and len(later) == n
 
 
 def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa: F811
@@ -285,4 +286,7 @@ def test_likelihoods_are_not_read_without_the_picture(tiny_llava, monkeypatch):
     blind = replace(benchmarks.benchmark("scenes/open"), name="blind", max_new_tokens=0)
     monkeypatch.setitem(benchmarks.BENCHMARKS, "blind", blind)
     with pytest.raises(ValueError, match="blind: likelihoods see no pictures"):
+        scoring.evaluate(*tiny_llava, "blind", limit=2)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "blind", replace(blind, scorer="exakt"))
+    with pytest.raises(ValueError, match="scorer of blind.*'exakt'.*exact"):
         scoring.evaluate(*tiny_llava, "blind", limit=2)

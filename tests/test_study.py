@@ -454,7 +454,7 @@ def test_units_average_to_the_score(name):
     rng, mme = np.random.default_rng(1), name.startswith("mme")
     rows = pd.DataFrame({"id": [f"{name}{k}" for k in range(120)], "benchmark": name})
     rows["group"] = [f"g{k // 2}" if name in PAIRED else None for k in range(120)]
-    rows["subtask"] = [f"s{int(k > 89)}" if mme else None for k in range(120)]
+    rows["subtask"] = [f"s{int(k > 89)}" if mme else "" for k in range(120)]
     rows["value"] = (rng.random(120) < 0.7) * 1.0
     rows = rows.assign(answer=["no", "yes"] * 60, parsed="yes")
     units = stages.units_of(name, rows)
@@ -468,7 +468,8 @@ def test_units_average_to_the_score(name):
 
 def test_groups_of_unequal_size_count_by_their_questions():
     answers = pd.DataFrame({"id": [f"q{k}" for k in range(5)], "benchmark": "gqa"})
-    answers = answers.assign(group=["a", "a", "a", "b", None], value=[1.0, 1.0, 0.0, 1.0, 0.0])
+    answers["group"], answers["subtask"] = [*"aaaa", None], [*"xxxyx"]  # "a" of two subtasks
+    answers["value"] = [1.0, 1.0, 0.0, 1.0, 0.0]
     units = stages.units_of("gqa", answers)
     assert len(units) == 3 and np.mean(units) == pytest.approx(3 / 5)
     assert units == pytest.approx([2 * 3 / 5, 3 / 5, 0], abs=1e-6)

@@ -133,8 +133,9 @@ def evaluate(
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
     check_counts(batch_size=batch_size, save_every=save_every, benchmarks=len(names))
     most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
-    for name, count in most.items():
+    for name, count in (dict.fromkeys(names) | most).items():
         check_choice("benchmark in limit", name, names)
+        check_choice(f"scorer of {name}", benchmark(name).scorer, SCORERS)
         check_counts(**{f"the limit of {name}": count})
     if wrapper_of(model.config) and not hasattr(processor, "image_processor"):
         raise ValueError(f"{processor!r:.60} is no processor of pictures: give that of the model.")
@@ -157,13 +158,12 @@ def evaluate(
         if not name.endswith(OTHER_PICTURES):
             questions |= {f"{name}/{end}": load(name, f"/{end}") for end in OTHER_PICTURES}
     tokens = {name: benchmark(name).max_new_tokens for name in questions}
-    asked = {(name, q.id, q.prompt): q for name, some in questions.items() for q in some}
+    key = lambda frame: [*zip(frame.benchmark, frame.id, frame.prompt, frame.answer.map(str))]
+    asked = {(n, q.id, q.prompt, str(q.answer)): q for n, some in questions.items() for q in some}
     if folder is not None:
-        folder = Path(folder)
-        claim(folder, answered_by(model, processor) | {"split": split}, "answers")
+        claim(folder := Path(folder), answered_by(model, processor) | {"split": split}, "answers")
         frames = [load_predictions(folder)] if list(folder.glob("*/part-*.parquet")) else []
-    key = ["benchmark", "id", "prompt"]  # of a question: its text may have changed
-    answered = {row for frame in frames for row in zip(*(frame[c] for c in key))}
+    answered = {row for frame in frames for row in key(frame)}  # texts may have changed
     missing = [(row[0], q) for row, q in asked.items() if row not in answered]
     seen = {}  # first image -> the order in which it appears
     rank = lambda q: seen.setdefault(id(q.images[0]) if q.images else None, len(seen))
@@ -182,8 +182,8 @@ def evaluate(
                     if folder is not None:
                         write_part(frames[-1], folder)
     frame = pd.concat(frames, ignore_index=True)
-    in_order = frame.drop_duplicates(key).set_index(key).loc[[*asked]].reset_index()
-    judged = judge(in_order[frame.columns])
+    place = dict(zip(key(frame), frame.index))
+    judged = judge(frame.loc[[place[row] for row in asked]].reset_index(drop=True))
     return (score_all(judged), judged) if return_predictions else score_all(judged)
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #grounding-code

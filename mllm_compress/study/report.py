@@ -163,6 +163,7 @@ class Report:
         verdict = Verdict(claim, effects, basis or self.basis, unit, **usual | how)
         self.verdicts[name] = verdict.record()
         text = json.dumps(self.verdicts, indent=1, ensure_ascii=False)
+        text = re.sub(r"\{[^{}]*\}", lambda m: re.sub(r"\n *", " ", m[0]), text)  # an effect a line
         write_atomically(self.path("verdicts", "json"), text + "\n")
         same = verdict.used == self.basis  # which is shown with the answer
         return replace(verdict, basis="") if same else verdict
