@@ -506,7 +506,8 @@ def units_of(name: str, answers: pd.DataFrame) -> list:  # their mean is score /
     worth = scorer.worth(answers)  # a row for what is scored together: unit, stratum, worth
     size = worth.groupby("stratum").worth.transform("size")
     weighted = worth.worth * len(worth) / size * scorer.scale / 100  # a stratum counts by its mean
-    groups = dict(zip(answers.id, answers.subtask + "/" + answers.group.fillna(answers.id)))
+    keys = answers.subtask.map(str) + "/" + answers.group.fillna(answers.id)
+    groups = dict(zip(answers.id, keys))
     together = worth.unit.map(groups).fillna(worth.unit)
     sums = weighted.groupby([worth.stratum, together], sort=False).sum()
     return [round(float(v), 6) for v in sums * len(sums) / len(worth)]
