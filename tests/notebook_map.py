@@ -36,8 +36,9 @@ SUPPORT = """What the contract test finds on small random models of every class
 (`tests/test_contract.py`). On a checkpoint of yours: `mllm-compress check FOLDER`. *stock*: plain
 `transformers` loads the pruned checkpoint; *own format*: `load_pruned` does, because layers differ
 in width or the class allows no such head count. Processors of Qwen-VL, InternVL, LLaVA-OneVision,
-Pixtral and SmolVLM need torchvision: `pip install 'mllm_compress[vision]'`. Decoders that share
-keys and values between layers are refused, with the reason. A new class is one row:
+Pixtral and SmolVLM need torchvision: `pip install 'mllm_compress[vision]'`. Of decoders
+that share keys and values between layers Gemma 4's are supported, whose heads stay; others are
+refused, with the reason. A new class is one row:
 [add a model](guides/add_a_model.ipynb).
 """
 

@@ -1,6 +1,7 @@
 """Adapters on fabricated rows in the exact layout of the public sets."""
 
 import io
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,6 +130,8 @@ def test_pope_reads_all_files_and_keeps_categories_apart(root):
     first, second = load("pope", root)
     assert (first.id, first.answer, first.extra["subtask"]) == ("random/1", "yes", "random")
     assert (second.id, second.answer) == ("adversarial/1", "no")
+    in_turn = benchmarks.take([replace(first, id=k) for k in "abc"] + [second], 2)
+    assert [q.extra["subtask"] for q in in_turn] == ["random", "adversarial"]
     assert first.candidates == ("Yes", "No")
     assert first.images[0] is second.images[0]  # one picture, kept once
 

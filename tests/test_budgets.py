@@ -93,8 +93,7 @@ def test_costs_are_those_of_the_pruned_model(model):
 def test_a_cache_budget_takes_heads_and_layers_only(model):
     plan = plan_global(model, saliency(), budget={"kv": 0.5})
     assert plan.heads and not plan.neurons
-    kept = sum(len(plan.heads.get(i, range(GROUPS))) for i in plan.layers)
-    assert kept == LAYERS * GROUPS / 2
+    assert sum(len(plan.heads.get(i, range(GROUPS))) for i in plan.layers) == LAYERS * GROUPS / 2
     fewest = plan_global(model, saliency(), budget={"kv": 1.2 / (LAYERS * GROUPS)})
     assert len(fewest.layers) == 1 and not fewest.neurons
 

@@ -14,7 +14,7 @@ from mllm_compress.anatomy.families import anatomy
 from mllm_compress.cost.arithmetic import without_weights
 from mllm_compress.data import InstructionData, scene_data, small_data
 from mllm_compress.data.calibration import calibration_data, calibration_hash, coverage
-from mllm_compress.data.scenes import entry
+from mllm_compress.data.scenes import entry, mix
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import plan_layerwise
@@ -42,6 +42,7 @@ def test_a_small_set_gives_what_it_has():
     drawn = calibration_data(two, 50, per_entry=2)
     assert len(drawn) == 4 and set(coverage(drawn)) == {"no image/letter", "no image/yes or no"}
     assert len(calibration_data(two, 50, design="first")) == 2
+    assert set(coverage(calibration_data(mix(two, two), 50))) == {"0", "1"}
     odd = [two.samples[0] | {"types": types} for types in (None, "vqa", ["one"], 3)]
     assert set(coverage(calibration_data(InstructionData(odd), 50))) == set(coverage(drawn))
     with pytest.raises(ValueError, match="design"):

@@ -248,6 +248,9 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
         with monkeypatch.context() as other, pytest.raises(ValueError, match=f"different {what}"):
             other.setattr(part, "chat_template", "another", raising=False)
             run(folder=tmp_path)
+    with monkeypatch.context() as other, pytest.raises(ValueError, match="different generation"):
+        other.setattr(scoring, "GENERATION_VERSION", 0)
+        run(folder=tmp_path)
     again = scoring.score_all(scoring.load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
     for field, n in {"prompt": 24 + 40, "answer": 24 + 80}.items():  # changed, and changed back

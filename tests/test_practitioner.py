@@ -48,8 +48,7 @@ def test_prune_in_one_step_is_prune_from_scores(here):
 
 
 def test_knobs_of_the_plans(here):
-    gone = facts("prune", "llava", "-o", "a", "--layers", "1-2")
-    assert gone["layers"] == 2
+    assert facts("prune", "llava", "-o", "a", "--layers", "1-2")["layers"] == 2
     options = ("--method", "magnitude", "--shape", "blockwise", "--protect", "0,1")
     run("prune", "llava", "-o", "b", "--ratio", 0.3, *options, "--round-to", 4)
 
@@ -139,8 +138,7 @@ def test_a_model_writes_its_own_data(here):
     assert step["data"]["samples"] == len(asked) and len(step["data"]["validation"]) == 16
     assert step["data"]["name"] == "self:mine.json" and 5e-5 < step["config"]["lr"] < 5e-3
     run(*args, "-o", "free", "--data", "self", "--own-tokens", 300, "--held-out", 0)
-    data = facts("show", "free")["provenance"][-1]["data"]
-    assert data["samples"] == 3  # of up to 128 tokens
+    assert facts("show", "free")["provenance"][-1]["data"]["samples"] == 3  # of up to 128 tokens
     Path("chat.json").write_text(json.dumps([{"question": "Why?"}, {"question": "Who?"}]))
     Path("t.txt").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     chat = ("--data", "self:chat.json", "--samples", 2, "--chat-template", "t.txt")

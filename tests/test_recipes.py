@@ -168,8 +168,7 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     save_data(folder, entries, [" ".join(words[i] for i in row) for row in drawn])
     shutil.copytree(folder / "llava", folder / "nan")
     weights = load_file(folder / "llava/model.safetensors")
-    name = next(n for n in weights if n.endswith("down_proj.weight"))
-    weights[name][0, 0] = float("nan")
+    weights[next(n for n in weights if n.endswith("down_proj.weight"))][0, 0] = float("nan")
     save_file(weights, folder / "nan/model.safetensors", {"format": "pt"})
     return folder
 
@@ -217,8 +216,7 @@ def test_uniform_shapes_and_layers_are_refitted_too(here):
     assert AutoModelForImageTextToText.from_pretrained("u").config.reconstructed["ridge"] == 0.1
     code, _, note = ask("prune", "llava", "-o", "l", "--layers", 1, "--reconstruct", *options)
     assert code == 0, note
-    plain = ask("prune", "llava", "-o", "p", "--layers", 1)
-    assert plain[0] == 0
+    assert ask("prune", "llava", "-o", "p", "--layers", 1)[0] == 0
     one, two = (load_file(f"{out}/model.safetensors") for out in "lp")
     moved = {k for k in one if not torch.equal(one[k], two[k])}
     refitted = ("o_proj.weight", "down_proj.weight", "model.norm.weight")

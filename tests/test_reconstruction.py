@@ -298,8 +298,9 @@ def test_parts_of_rows_and_states_in_files_change_nothing(case, monkeypatch):
         assert a.allclose(b, rtol=1e-6, atol=1e-8)
 
 
-def test_the_norm_is_fitted_by_regression_of_each_channel():
-    model, batches = build("llama-4x1"), text_batches()
+@pytest.mark.parametrize("name", ["llama-4x1", "cohere-4x1"])  # the second subtracts the mean
+def test_the_norm_is_fitted_by_regression_of_each_channel(name):
+    model, batches = build(name), text_batches()
     batches = [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in batches]
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     options = dict(ridge=0.1, inplace=True)

@@ -71,8 +71,7 @@ def whole_batch(models, data):
 def test_sft_equals_the_models_own_loss(run, pair, data):
     labels, student, _ = whole_batch(pair, data)
     expected = F.cross_entropy(student.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    found = run(**SFT, **WHOLE_ROWS).history.sft[0]
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert run(**SFT, **WHOLE_ROWS).history.sft[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +304,7 @@ def test_the_best_state_is_returned(run, pair, data):
     held = InstructionData(held, images=data.images)
     labels, out, _ = whole_batch((result.model, *pair[1:]), held)
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert len(held_out_samples([*"abc"], 0.9)) == 2  # one is left to train on
     assert len(held) == 2 and loss.item() == pytest.approx(looks[result.best_step], rel=1e-4)
     assert result.samples == 6
 
@@ -321,6 +321,9 @@ def test_validation_data_decide_in_place_of_a_part_of_the_data(run, data):
     assert weights_hash(kept.model) == weights_hash(model)
     with pytest.raises(ValueError, match="held_out=0 returns the last state"):
         run(how={"validation": data})
+    how["samples"] = [{"question": f"{k}?", "answer": "yes"} for k in range(N)]
+    with pytest.raises(ValueError, match="validation is the data of the training"):
+        run(**how, how=whole | {"validation": how["samples"][:3:-1]})
 
 
 def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
@@ -333,8 +336,7 @@ def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
         ["forgot", "held_out_loss"]
     )
     assert set(last.lr) == set(ranked(first).lr[:2]) and result.lr == ranked(last).lr.iloc[0]
-    same = run(**HIDDEN, **WILD, lr=result.lr)
-    assert weights_hash(same.model) == weights_hash(result.model)
+    assert weights_hash(run(**HIDDEN, **WILD, lr=result.lr).model) == weights_hash(result.model)
     assert f"found in {4 * 4 + 2 * 8} steps" in str(result)
 
 

@@ -60,8 +60,7 @@ def test_rounding_changes_linear_maps_of_the_decoder_only(tiny_llava):
     )
     names = {n for n, p in model.named_parameters() if id(p) in inside}
     after = dict(small.named_parameters())
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, after[n])}
-    assert changed == names
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, after[n])} == names
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert alternatives.rounded(model, "none") is model
 

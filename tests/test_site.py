@@ -66,8 +66,7 @@ def test_git_keeps_results_tables_and_executed_notebooks():
     command = ["git", "ls-files", "figures"]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
     kept = {".zip", ".csv", ".xz", ".json", ".png", ".svg", ".ipynb"}
-    others = [path for path in tracked if Path(path).suffix not in kept]
-    assert not others
+    assert not [path for path in tracked if Path(path).suffix not in kept]
 
 
 @pytest.mark.slow

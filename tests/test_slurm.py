@@ -190,8 +190,7 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
         load_profile(path)
     path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
     assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
-    names = {name_of(EXPERIMENTS[1], load_profile(p)) for p in (path, "smoke")}
-    assert len(names) == 1
+    assert len({name_of(EXPERIMENTS[1], load_profile(p)) for p in (path, "smoke")}) == 1
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):

@@ -170,8 +170,7 @@ def test_what_cannot_be_streamed(tmp_path):
         load_model("smoke-llava", stream=True)
     with pytest.raises(ValueError, match="Unknown model"):
         load_model("tiny-lava", stream=True)
-    model = cases.build("llama-4x1", torch.float32)
-    model.save_pretrained(tmp_path / "lm")
+    cases.build("llama-4x1", torch.float32).save_pretrained(tmp_path / "lm")
     tiny_processor("llava").tokenizer.save_pretrained(tmp_path / "lm")
     (tmp_path / "lm/model.safetensors").rename(tmp_path / "lm/kept")
     (tmp_path / "lm/pytorch_model.bin").touch()

@@ -28,7 +28,7 @@ from mllm_compress.study.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
 from mllm_compress.study.runner import plan_study
 from mllm_compress.study.runs import frame_of
-from mllm_compress.study.statistics import summary
+from mllm_compress.study.statistics import in_nats, summary
 from mllm_compress.study.store import Store
 from mllm_compress.zoo import weight_files as packaged
 
@@ -332,8 +332,7 @@ def test_texts_have_their_own_hash(monkeypatch, tmp_path):
         hashes.append([text.text_hash(n) for n in text.TEXTS])
     monkeypatch.undo()
     assert hashes[0] == [text.text_hash(n) for n in text.TEXTS]
-    differ = [a != b for a, b in zip(*hashes)]
-    assert differ == [n == "quotes" for n in text.TEXTS]
+    assert [a != b for a, b in zip(*hashes)] == [n == "quotes" for n in text.TEXTS]
 
 
 # The study
@@ -362,6 +361,9 @@ def test_a_study_of_a_language_model(words, tmp_path):
         stages.compute(experiment, words, results)
     frame = frame_of(asked, words, results)
     assert (frame.status == "done").all() and len(frame) == 5 * len(asked)
+    drawn = [Experiment("words", "widthwise", 0.3, calibration_seed=k) for k in (1, 2)]
+    drawn = frame_of(drawn, words, results)  # not computed
+    assert drawn.seed.tolist() == [1, 2] and in_nats(drawn).empty
     quotes = frame[frame.benchmark == "text/quotes"]
     assert set(quotes.n) == {4} == set(quotes.images.map(len))
     assert summary(frame).avg_percent.notna().all()

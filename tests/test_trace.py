@@ -146,8 +146,7 @@ def test_verdicts_are_those_of_a_recount_by_other_code(folder, number):
         return
     ranks = ["contradicted", "undecided", "equivalent", "supported"]
     parts = list(verdict["parts"].values()) or [verdict | {"settings": list(effects)}]
-    words = [part["word"] for part in parts]
-    assert verdict["word"] == min(words, key=ranks.index)
+    assert verdict["word"] == min([part["word"] for part in parts], key=ranks.index)
     for part in parts:
         recount({where: effects[where] for where in part["settings"]}, part, verdict["margin"])
 
@@ -244,8 +243,7 @@ def test_notebooks_draw_all_tables_and_verdicts_of_quick_again(tmp_path, monkeyp
     runner.take_in(committed / "results.zip", "quick")
     names = [p.stem for p in committed.glob("[0-9]*.ipynb") if not p.stem.startswith(MEASURED)]
     plan = runner.plan_study("quick", names)
-    stored = status(runner.experiments_of_plan(plan), load_profile("quick"))
-    assert stored.cached.all()
+    assert status(runner.experiments_of_plan(plan), load_profile("quick")).cached.all()
     assert runner.run_notebooks(plan, "quick") == []
     written = sorted([*committed.glob("*-*.csv"), *committed.glob("*-*.json")])
     written = [p for p in written if not p.name.startswith(MEASURED)]

@@ -45,7 +45,7 @@ def question_types(
     types = entry.get("types")
     if isinstance(types, list) and [*map(type, types)] == [str] * len(pairs):
         return types
-    if not named and entry.get("source"):
+    if not named and entry.get("source") not in (None, ""):  # `mix` numbers its parts from 0
         return [str(entry["source"])] * len(pairs)
     folder = str((named or [UNKNOWN])[0]).split("/")
     source = folder[0] if len(folder) > 1 or not named else "image"

@@ -165,7 +165,7 @@ def take(questions: list, limit: int | None) -> list:  # of Question
         return questions
     subtasks = {}
     for q in questions:
-        groups = subtasks.setdefault(q.extra.get("subtask") if q.group else None, {})
+        groups = subtasks.setdefault(q.extra.get("subtask"), {})
         groups.setdefault(q.group or q.id, []).append(q)
     turns = zip_longest(*(groups.values() for groups in subtasks.values()))
     taken = []

@@ -24,7 +24,7 @@ from mllm_compress.evaluation.benchmarks import (
     benchmark,
     load_questions,
 )
-from .generation import answer_questions
+from .generation import GENERATION_VERSION, answer_questions
 from .likelihood import answer_by_likelihood
 from .scorers import SCORERS, question_worth
 from ..utils.files import claim, content_hash, replacing
@@ -93,7 +93,7 @@ def answered_by(model, processor) -> dict:
     config = json.loads(model.config.to_json_string(use_diff=False))
     text = json.dumps(config | {"_name_or_path": "", "transformers_version": ""}, sort_keys=True)
     hashes = {"model": weights_hash(model), "config": content_hash(text)}
-    return hashes | {"processor": processor_hash(processor)}
+    return hashes | {"processor": processor_hash(processor), "generation": GENERATION_VERSION}
 
 
 def write_part(frame: pd.DataFrame, folder: Path) -> None:

@@ -598,7 +598,7 @@ def fit_norm(after: Anatomy, before: Anatomy, streams: list) -> torch.Tensor:  #
         share = min(1.0, factor(after, "pruned", ours, gain, offset) / of_dense)
         gain, offset = gain * share, offset * share
     plain, stored = ours(torch.ones(1, len(gain)).to(gain.device, dtype))[0], norm.weight.double()
-    shift = 1.0 if not centred and (plain - stored).abs().mean() > 0.5 else 0.0  # Gemma: 1 + w
+    shift = 1.0 if not centred and (plain - stored - 1).abs().mean() < 0.5 else 0.0  # Gemma: 1 + w
     norm.weight.copy_((stored + shift) * gain - shift)
     if centred:
         norm.bias.copy_(gain * norm.bias.double() + offset)

@@ -368,7 +368,7 @@ class Run:
 
     def __init__(self, space: Space, batches: list, ridge: float | None, file=None, key: str = ""):
         held = max(1, len(batches) // 4)
-        self.fit, self.batches = batches[:-held] or batches, batches[-held:]
+        self.fit, self.batches = batches[:-held], batches[-held:]
         self.space, self.ridge, self.file, self.key = space, ridge, file, key
         # last: stage -> seconds of the last value; values: stage and plan -> value, seconds
         self.seen, self.spent, self.last, self.values = {}, 0.0, {}, {}
@@ -405,8 +405,7 @@ class Run:
         if at not in self.values:
             start = time.perf_counter()
             value = float(compute())
-            seconds = time.perf_counter() - start
-            self.values[at] = value if value == value else math.inf, seconds
+            self.values[at] = value if value == value else math.inf, time.perf_counter() - start
             if self.file is not None:
                 record = {"search": self.key, "values": self.values}
                 write_atomically(self.file, json.dumps(record))
@@ -545,6 +544,8 @@ def search(
     if is_streamed(model):
         raise ValueError("a search needs the model in memory: load it without stream.")
     costs, batches = costs_of_budget(model, budget, costs), check_batches(batches)
+    if len(batches) < 2:
+        raise ValueError("a search holds one batch out: give two or more (a smaller batch_size).")
     seconds, needed = check_time(model, batches, minutes)
     layers, widths = (None, None) if scores is None else scores_by_kind(scores)
     for given in filter(None, (layers, widths)):

@@ -30,8 +30,7 @@ def held_out_samples(
             "a single sample cannot be both trained on and held out: give more data, or "
             "held_out=0 (--held-out 0) to return the last state."
         )
-    few = min(8, n // 4)  # of little data, enough to see a difference
-    count = min(MOST_HELD_OUT, max(1, few, round(share * n)))
+    count = min(MOST_HELD_OUT, n - 1, max(1, min(8, n // 4), round(share * n)))  # 8: of little data
     rank = lambda i: hashlib.sha256(f"held out/{ids[i]}".encode()).digest()
     return sorted(sorted(range(n), key=rank)[:count])
 

@@ -434,7 +434,7 @@ def recover(
     else:
         if not config.held_out:
             raise ValueError("held_out=0 returns the last state: leave it out, or validation=.")
-        few, plain = as_data(validation), lambda its: {repr(s | {"id": 0}) for s in its.samples}
+        few, plain = as_data(validation), lambda d: {repr(dict(s, id=0, row=0)) for s in d.samples}
         if plain(few) <= plain(whole):  # in another order, or a part of it
             raise ValueError("validation is the data of the training: give other samples.")
         few = few.fraction(min(1.0, best_state.MOST_HELD_OUT / len(few)), config.seed)

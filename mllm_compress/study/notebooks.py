@@ -235,7 +235,7 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
         "beside": [file_hash(path) for path in beside],
         "models": [profiles.model_identity(profiles.source_of(m, profile)) for m in profile.models],
         "profile": repr(replace(profile, workers=0, slurm=Slurm(), folders={}, towers={})),
-        "here": "" if _tagged(nb, "grid") else platform.node(),
+        "here": platform.node() if _tagged(nb, "clock") or not _tagged(nb, "grid") else "",
     }
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #kernel

@@ -35,7 +35,8 @@ def frame_of(
     rows = []
     for experiment in dict.fromkeys(experiments):
         same = asdict(experiment) | {"requested_ratio": experiment.ratio}
-        same["importance"] = method_of(experiment)
+        same["importance"], trained = method_of(experiment), experiment.recovery != "none"
+        same["seed"] = experiment.seed if trained else experiment.calibration_seed
         same |= {"result": name_of(experiment, profile)}
         result = stages.result_of(experiment, profile, results)
         if result is None:

@@ -263,6 +263,7 @@ def of_original(rows: pd.DataFrame, columns: list, keys=("model",)) -> pd.DataFr
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-042b
 def in_nats(frame: pd.DataFrame) -> pd.DataFrame:
     "The rows with the log-likelihood of the right answer as the outcome of each question."
+    frame = frame.reindex(columns=frame.columns.union(["log_likelihoods"], sort=False))
     rows = frame[[isinstance(u, np.ndarray) for u in frame.log_likelihoods]]
     return rows.assign(units=rows.log_likelihoods, measure="nats")
 
