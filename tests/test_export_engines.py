@@ -343,8 +343,9 @@ def test_vllm_configs(checkpoints, tmp_path, tiny_llava):
     phi = read("phi")
     assert phi["n_inner"] == phi["intermediate_size"] == 70 and phi["num_attention_heads"] == 8
     assert phi["architectures"] == ["PhiForCausalLM"]
-    export_model(checkpoints("llama", "uniform"), "vllm", tmp_path / "llama")
+    export_model(checkpoints("llama", "uniform"), "vllm", tmp_path / "llama", dtype="bf16")
     assert read("llama")["head_dim"] == 8 and read("llama")["num_key_value_heads"] == 3
+    assert read("llama")["dtype"] == "bfloat16"
     model, processor = tiny_llava
     small, plan = pruned(model, "layerwise")
     save_pruned(small, plan, tmp_path / "mllm", processor=processor)

@@ -100,6 +100,7 @@ def to_vllm(model, out, processor, dtype, fill) -> dict:
     text = config.get("text_config", config)
     if architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"]):
         text["architectures"] = [architecture]
+    config["dtype"] = text["dtype"] = str(FLOATS.get(dtype, saved.dtype)).removeprefix("torch.")
     if text["model_type"] == "phi":
         text["n_inner"] = text["intermediate_size"]
     write_folder(saved, processor, out, dtype, config)

@@ -59,8 +59,8 @@ def _cost_without_weights(request: CostRequest) -> dict:
     folder = mc.zoo.models.native_folder(model) or Path(model)
     if (folder / mc.checkpoint.formats.PLAN).is_file():
         raise ValueError(f"{model} is pruned: give the dense model, or leave out --ratio.")
-    present = (folder / "config.json").is_file()
-    config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.real_config(model)
+    named = not (folder / "config.json").is_file() and mc.zoo.releases.real_config(model)
+    config = named or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     frame = mc.cost.report.cost_by_ratio(config, ratio)
     title = f"{model}, bfloat16, one picture and 64 words"
     text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)

@@ -257,7 +257,7 @@ def command(request: type):
                 OUTPUT.update(quiet=quiet, verbose=verbose, json=as_json)
                 packages = (f"{p} {version(p)}" for p in ("mllm_compress", "torch", "transformers"))
                 detail(", ".join([f"Python {sys.version.split()[0]}", *packages]))
-                given = {k: v for k, v in options.items() if v not in (None, [], ())}
+                given = {k: v for k, v in options.items() if v not in (None, "", [], ())}
                 names = {  # in a file, a field has its own name
                     k: k.upper() if k in request.arguments else f"--{k.replace('_', '-')}"
                     for k in (given if config else options)
@@ -348,9 +348,9 @@ class DataRequest(ChatRequest):
     @model_validator(mode="after")
     def _check_data_options(self):
         "ValueError for an option that has no effect on these data."
-        is_file = self.source not in ("", "small") or getattr(self, "questions", None)
+        files = {self.source, *(getattr(self, n, None) for n in ("questions", "validation"))}
         idle = [] if self.is_own else ["own_tokens"]
-        idle += [] if is_file else ["image_root", "skip_missing"]
+        idle += [] if files - {"", "small", None} else ["image_root", "skip_missing"]
         idle += [] if self.source == "small" else ["scenes"]
         self.refuse(idle, f"on the data {self.data!r}")
         return self

@@ -285,7 +285,7 @@ def plan_by_recipe(
                 "gauss_newton."
             )
         plan = plans.plan_widthwise(model, widths, budget=budget, costs=costs, **options)
-        compared = recipe.reconstruct and batches is not None and not is_streamed(model)
+        compared = recipe.reconstruct and len(batches or ()) > 1 and not is_streamed(model)
         if search is not None or layers is not None and compared:
             about = dict(scores=scores, round_to=step, seed=seed)
             about |= {} if ridge is None else dict(ridge=ridge)

@@ -76,8 +76,8 @@ def layers_to_remove(model, scores, ratio, n_layers) -> list:
             f"these scores are of blocks of {block} layers, but {n} are to go; "
             f"score again with angular_distance(model, batches, n={n})."
         )
-    blocks = (list(range(first, first + block)) for first in order)
-    return next(b for b in blocks if pruning_plan.removable(parts, b) == b)
+    blocks = [list(range(first, first + block)) for first in order]
+    return next((b for b in blocks if pruning_plan.removable(parts, b) == b), blocks[0])
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-024
 def plan_layerwise(

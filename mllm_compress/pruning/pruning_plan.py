@@ -247,10 +247,9 @@ class PruningPlan:
             widths = zip(*plan.counts().values())
             if plan.shape == "uniform" and any(len({*n} - {0}) > 1 for n in widths):
                 raise ValueError("its shape is uniform, and its layers differ in width")
-            kept = {kind: getattr(plan, kind) for kind in UNITS}
-            made = plan_of_record(plan.model_type, plan.meta, plan.layers, kept)
-            return replace(plan, achieved_ratio=made.achieved_ratio)
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            about = plan.model_type, plan.meta, plan.layers, {k: getattr(plan, k) for k in UNITS}
+            return replace(plan, achieved_ratio=plan_of_record(*about).achieved_ratio)
+        except (TypeError, AttributeError, LookupError, ValueError, OSError) as error:
             raise ValueError(
                 f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
             ) from None

@@ -513,6 +513,8 @@ SEARCH_VERSION = 2  # raised when the same file would give another front
 
 def check_time(model, batches: list, minutes: float | None) -> tuple:
     "Seconds of a search, and a forecast of one refit; ValueError where that takes longer."
+    if len(batches) < 2:
+        raise ValueError("a search holds one batch out: give two or more (a smaller batch_size).")
     if minutes is None:
         return math.inf, 0.0
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
@@ -544,8 +546,6 @@ def search(
     if is_streamed(model):
         raise ValueError("a search needs the model in memory: load it without stream.")
     costs, batches = costs_of_budget(model, budget, costs), check_batches(batches)
-    if len(batches) < 2:
-        raise ValueError("a search holds one batch out: give two or more (a smaller batch_size).")
     seconds, needed = check_time(model, batches, minutes)
     layers, widths = (None, None) if scores is None else scores_by_kind(scores)
     for given in filter(None, (layers, widths)):

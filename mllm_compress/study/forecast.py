@@ -30,7 +30,7 @@ def config_of(model: str, profile: Profile):
         if is_original_layout(folder):
             return native_config(folder, tower and located(tower))
         if (folder / "config.json").is_file():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return config if getattr(config, "vision_config", None) else None
     with suppress(ValueError):  # no model of the paper
         return real_config(real_name(model))

@@ -125,8 +125,9 @@ def _load_native(folder: Path, name: str, device: str, dtype, stream: bool, **op
 def load_processor(folder: Path):
     "The processor or tokenizer of a folder; a ValueError with one line where that fails."
     with named_failures(folder):
-        config = AutoConfig.from_pretrained(folder)
-        return weight_files.auto_classes(config)[1].from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        cls = weight_files.auto_classes(config)[1]
+        return cls.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-028
 def layout_of(folder: Path) -> str:
@@ -219,8 +220,7 @@ def check_model(
     name,  # as for load_model
 ) -> None:
     "An error where a model is missing, damaged or of a class without a row; nothing is loaded."
-    name = str(name)
-    folder = Path(name).expanduser()
+    name, folder = str(name), Path(name).expanduser()
     if name in MODELS or _is_gguf(name):
         return
     if not folder.is_dir():
@@ -228,7 +228,7 @@ def check_model(
     elif layout_of(folder) == "native":
         weight_files.check_files(folder)
         with named_failures(folder):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config), wrapper_of(config)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-045

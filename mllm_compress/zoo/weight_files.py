@@ -186,7 +186,7 @@ def open_files(
 ) -> FileModel:  # NotFromFiles where it must be loaded as a whole
     "A checkpoint whose weights stay in their files."
     folder, places = Path(folder), {}
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     dtype = dtype or config.dtype
     if dtype is None:
         raise NotFromFiles("config.json names no dtype")
