@@ -46,7 +46,7 @@ def logits(model, batches):
 
 def projections(model):
     parts = anatomy(model)
-    return {(i, s.name): s.module for i in range(parts.num_layers) for s in parts.writers(i)}
+    return {(i, s.name): s.module for i in range(parts.num_layers) for s in parts.linears(i)}
 
 
 def test_the_final_norm_is_fitted_alike_with_padding_on_the_left():
@@ -91,11 +91,11 @@ def naive_trace(model, batches):
     return [{k: np.concatenate(v) for k, v in d.items()} for d in (states, ins, outs)]
 
 
-def naive_fit(x, target, base, modules, ridge):
+def naive_fit(x, target, base, modules, ridge, state=None):
     "Weighted ridge regression towards the present weights, as an augmented lstsq problem."
-    w = 1 / np.sqrt((target**2).mean(1))
+    w = 1 / np.sqrt(((target if state is None else state) ** 2).mean(1))
     w0 = np.concatenate([m.weight.detach().double().numpy() for m in modules], 1)
-    bias = any(m.bias is not None for m in modules)
+    bias = state is None and any(m.bias is not None for m in modules)
     r = target - base
     mx, mr = np.zeros(x.shape[1]), np.zeros(r.shape[1])
     if bias:
@@ -116,13 +116,21 @@ def naive_fit(x, target, base, modules, ridge):
             modules[-1].bias.copy_(torch.tensor(mr - solution @ mx - rest))
 
 
-def naive_reconstruct(small, dense, batches, plan, ridge):
+def naive_reconstruct(small, dense, batches, plan, ridge, inputs=True):
     small = copy.deepcopy(small)
-    parts, (states, _, outs) = anatomy(small), naive_trace(dense, batches)
+    parts, (states, reads, outs) = anatomy(small), naive_trace(dense, batches)
     names = [s.name for s in parts.family.slots if s.axis == 1]
     parallel = parts.family.name == "phi"
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         for stage in [names] if parallel else [names[:1], names[1:]]:
+            now, ins, _ = naive_trace(small, batches)
+            kinds = {s.kind for s in parts.writers(j) if s.name in stage}
+            for n in (
+                s.name for s in parts.linears(j) if inputs and s.axis == 0 and s.kind in kinds
+            ):
+                module, state = projections(small)[j, n], reads[i, n]
+                wanted = state @ module.weight.detach().double().numpy().T
+                naive_fit(ins[j, n], wanted, 0, [module], ridge, state)
             now, ins, written = naive_trace(small, batches)
             base = now[j] if stage[0] == names[0] else now[j] + written[j, names[0]]
             last = stage[-1] == names[-1]
@@ -132,13 +140,14 @@ def naive_reconstruct(small, dense, batches, plan, ridge):
     return small
 
 
+@pytest.mark.parametrize("inputs", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_least_squares_on_all_activations(case):
+def test_equals_least_squares_on_all_activations(case, inputs):
     model, batches = build(case), text_batches()
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     small = apply_plan(model, plan)
-    ours = reconstruct(small, model, batches, plan, ridge=0.1)
-    rival = naive_reconstruct(small, model, batches, plan, 0.1)
+    ours = reconstruct(small, model, batches, plan, ridge=0.1, inputs=inputs)
+    rival = naive_reconstruct(small, model, batches, plan, 0.1, inputs)
     for key, module in projections(ours).items():
         other = projections(rival)[key]
         assert module.weight.allclose(other.weight, rtol=1e-6, atol=1e-8)
@@ -229,8 +238,9 @@ def test_nothing_else_moves_and_the_same_call_gives_the_same_bits():
     for m, before in zip((model, small), states):
         assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
     moved = {k for k, v in first.state_dict().items() if not torch.equal(v, states[1][k])}
-    assert all(".dense." in k or ".fc2." in k or "final_layernorm" in k for k in moved)
-    assert {k.split(".")[-2] for k in moved} == {"dense", "fc2", "final_layernorm"}
+    reads = {"q_proj", "k_proj", "v_proj", "fc1"}  # whose biases stay
+    assert {k.split(".")[-2] for k in moved} == {"dense", "fc2", "final_layernorm"} | reads
+    assert not any(k.split(".")[-2] in reads and k.endswith("bias") for k in moved)
     alone = reconstruct(small, model, batches, plan, norm=False).model.final_layernorm
     assert torch.equal(alone.weight, small.model.final_layernorm.weight)
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
@@ -260,7 +270,7 @@ def test_attention_sinks_do_not_take_over():
         batch["input_ids"][:, 0] = 3
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     _, report = reconstruct(apply_plan(model, plan), model, batches, plan, return_report=True)
-    assert (report.after < report.before).mean() > 0.7
+    assert (report.after < report.before + 1e-6).mean() > 0.7
 
 
 def test_removing_what_writes_a_sink_is_reported():

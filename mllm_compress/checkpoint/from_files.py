@@ -106,7 +106,7 @@ def reconstruct_files(
             file, names = Path(work, f"{part}.safetensors"), weight_names(parts, part)
             if part != "norm":
                 slots = (*parts.family.mixers, *parts.family.slots)
-                paths = [f".{slot.path}." for slot in slots if slot.axis == 1]
+                paths = [f".{slot.path}." for slot in slots]
                 names = [name for name in names if any(path in name for path in paths)]
             save_file({n: small.get_parameter(n).detach().contiguous() for n in names}, file)
             weights.fitted |= dict.fromkeys(names, file)

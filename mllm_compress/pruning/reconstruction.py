@@ -163,6 +163,7 @@ def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-005
 ROWS = 2048  # tokens of a text that pass through a layer at once, if a row is not longer
+READ = ("attended", "fed")  # what attention and MLP read, as fields of a stream
 
 
 @dataclass
@@ -180,6 +181,8 @@ class Stream:
     in_files: bool  # whether the states are kept in files
     middle: torch.Tensor | None = None  # dense stream between attention and MLP
     end: torch.Tensor | None = None  # dense stream behind the MLP, where a layer goes on
+    attended: torch.Tensor | None = None  # what the dense attention, or what is in its place, reads
+    fed: torch.Tensor | None = None  # what the dense MLP reads
     inputs: torch.Tensor | None = None  # [batch, tokens, channels] of the projections to be fitted
     outputs: dict = field(default_factory=dict)  # slot -> its dense output, where a norm follows
     parallel: bool = False  # attention and MLP of the layer read the same state (Phi)
@@ -223,7 +226,7 @@ def open_streams(
     fronts = [scores.open_passages(model, batches) for model in (dense, small)]
     widest = widest_fit(anatomy(small))
     size = sum(p.first[..., 0].numel() for p in fronts[0]) * dtype.itemsize
-    needed = size * (3 * fronts[0][0].first.shape[-1] + widest)
+    needed = size * (5 * fronts[0][0].first.shape[-1] + widest)
     in_files = needed > scores.free_memory(fronts[0][0].first.device) / 4
     for batch, front, pruned in zip(batches, *fronts):
         held = []
@@ -290,18 +293,18 @@ def run_layer(
     layer: torch.nn.Module,  # the layer itself, or its copy in float32
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
-) -> tuple:  # output of each output projection by slot, the state behind the layer, parallel
-    "Run a layer; the last value is whether its projections are to be fitted together (Phi)."
+) -> tuple:  # output of each output projection by slot, the state behind the layer, two inputs
+    "Run a layer; the inputs are those of attention and MLP, one tensor where both read it (Phi)."
     outputs, read = {}, []
     keep = lambda name: lambda _, args, output: outputs.update({name: output})
     see = lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"])
-    blocks = [mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)]
     handles = [m.register_forward_hook(keep(n)) for n, m in projections(parts, layer).items()]
-    handles += [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
+    handles += [
+        block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks_of(parts, layer)
+    ]
     with hooked(handles):
         after = layer(hidden, **call)
-    parallel = getattr(parts.text_config, parts.family.parallel, False)
-    return outputs, after, parallel or read[0] is read[1]
+    return outputs, after, read
 
 
 def projections(parts: Anatomy, layer: torch.nn.Module) -> dict:  # slot name -> module
@@ -319,29 +322,35 @@ def mixer_of(parts: Anatomy, layer: torch.nn.Module) -> torch.nn.Module:
     return next(m for m in (below(layer, path) for path in paths) if m is not None)
 
 
+def blocks_of(parts: Anatomy, layer: torch.nn.Module) -> tuple:
+    "Attention, or what is in its place, and MLP of a layer."
+    return mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)
+
+
 def added(parts: Anatomy, layer: torch.nn.Module, outputs: dict) -> torch.Tensor:
     "The sum of what the outputs of projections, by slot, add to the stream."
     return sum(written(parts, layer, name, y) for name, y in outputs.items())
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-019
 @torch.no_grad()
-def projection_inputs(
+def inputs_of(
+    modules: list,  # of one layer: output projections, or attention or MLP as a whole
     parts: Anatomy,
     layer: torch.nn.Module,  # of the pruned model
-    names: list,  # slots of its output projections that are fitted together
     hidden: torch.Tensor,  # [batch, tokens, hidden], with what earlier projections have written
     call: dict,
 ) -> torch.Tensor:  # [batch, tokens, channels]
-    "The inputs of some output projections of a layer, which stops there."
-    inputs, modules = [], projections(parts, layer)
+    "The inputs of some modules of a layer, side by side; the layer stops there."
+    inputs = []
 
-    def see(_, args):
-        inputs.append(args[0])
-        if len(inputs) == len(names):
+    def see(_, args, kwargs):
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        if len(inputs) == len(modules):
             raise Reached
 
-    done = nullcontext() if next(iter(modules)) in names else without(parts, layer, hidden)
-    handles = [modules[name].register_forward_pre_hook(see) for name in names]
+    first = modules[0] in {*mixer_of(parts, layer).modules()}
+    done = nullcontext() if first else without(parts, layer, hidden)
+    handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in modules]
     with hooked(handles), done, suppress(Reached):
         layer(hidden, **call)
     return torch.cat(inputs, -1)
@@ -375,11 +384,12 @@ def advance_dense(
 ) -> None:
     "Run the dense stream through `layers`; record the middle of the first and the end of the last."
     normed = dict(parts.family.post_norms)
+    flagged = getattr(parts.text_config, parts.family.parallel, False)
     for i in layers:
         with in_dtype(parts, i, working_dtype(parts.model)) as layer:
             for s in streams:
                 before = scores.plus(s.take("dense"), s.between[i])
-                outputs, after, parallel = run_layer(parts, layer, before, s.calls[i])
+                outputs, after, read = run_layer(parts, layer, before, s.calls[i])
                 near = partial(torch.allclose, after, rtol=1e-3, atol=1e-3, equal_nan=True)
                 checked = s is streams[0] and len(outputs) > 1  # experts add more
                 end = before + added(parts, layer, outputs)
@@ -390,7 +400,9 @@ def advance_dense(
                     )
                 s.keep(dense=after)
                 if i == layers[0]:
-                    s.parallel, first = parallel, dict([next(iter(outputs.items()))])
+                    s.parallel = read[0] is read[1] or flagged
+                    s.keep(**dict(zip(READ, read)))
+                    first = dict([next(iter(outputs.items()))])
                     s.keep(middle=before + added(parts, layer, first))
                     if parts.family.tail:
                         s.keep(end=end)
@@ -398,21 +410,15 @@ def advance_dense(
                     s.outputs = {name: s.placed(y) for name, y in behind.items()}
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-027
-def stage_moments(
-    parts: Anatomy,  # of the pruned model
+def sums(
     i: int,  # layer of the dense model
-    layer: torch.nn.Module,  # of the pruned model
     streams: list,
-    names: list,  # slots of this stage
-    target: str,  # the state aimed at: "middle" or "dense"
+    given,  # a stream -> x, r, the state aimed at, and the factor of an error of r in that state
 ) -> tuple:  # Moments of the samples to fit on, and of the held-out ones
-    "Sums over the tokens of all batches for the fit of one stage."
+    "Sums over the tokens of all batches for one fit; errors are relative to the state aimed at."
     moments = Moments(), Moments()
     for s in streams:
-        before, goal = s.take("pruned"), s.take(target)
-        x = projection_inputs(parts, layer, names, before, s.again[i])
-        s.keep(inputs=x)
-        r, factor = sought(parts, layer, names[0], goal - before, s.outputs.get(names[0]))
+        x, r, goal, factor = given(s)
         size = goal.square().mean(-1)  # [batch, tokens]
         w = size.clamp_min(1e-12).rsqrt() * factor
         size = size * goal.shape[-1] / factor**2  # squared length, in units of r
@@ -431,7 +437,7 @@ def stage_moments(
 @torch.no_grad()
 def fit_stage(
     modules: list,  # the projections of one stage, in the pruned model
-    moments: tuple,  # see stage_moments
+    moments: tuple,  # see sums
     ridge: float | tuple | None,  # a tuple: candidates; None: RIDGES
 ) -> dict:  # of a row of the report
     "Refit the projections of one stage."
@@ -454,6 +460,37 @@ def fit_stage(
     row |= dict(before=relative_error(both, before, offset))
     return row | dict(after=relative_error(both, weight, b), held_out=error)
 
+# %% ../../nbs/library/pruning/06_reconstruction.ipynb #fit-inputs
+def fit_inputs(
+    parts: Anatomy,  # of the pruned model
+    j: int,  # its layer
+    i: int,  # the same layer in the dense model
+    layer: torch.nn.Module,  # layer j, or its copy in float32
+    streams: list,
+    block: int,  # 0: attention, 1: MLP
+    ridge: float | tuple | None,
+) -> list:  # of report rows: one, or none where no projection is known
+    "Refit the input projections of a block: one map of what it reads, towards the dense states."
+    path = (parts.family.attention, parts.family.mlp)[block]
+    readers = [s for s in parts.linears(j) if s.axis == 0 and s.slot.path.startswith(f"{path}.")]
+    if not readers:
+        return []
+
+    def given(s):
+        modules, goal = [blocks_of(parts, layer)[block]], s.take(READ[block])
+        return inputs_of(modules, parts, layer, s.take("pruned"), s.again[i]), goal, goal, 1.0
+
+    like, width = readers[0].module.weight, readers[0].module.in_features
+    kind = dict(device=like.device, dtype=working_dtype(parts.model))
+    change = torch.nn.Linear(width, width, bias=False, **kind)
+    torch.nn.init.eye_(change.weight)
+    row = fit_stage([change], sums(i, streams, given), ridge)
+    for slot in readers:
+        weight = slot.module.weight
+        weight.copy_(weight.double() @ change.weight.double())
+        layer.get_submodule(slot.slot.path).load_state_dict(slot.module.state_dict())
+    return [dict(layer=i, projection="+".join(s.name for s in readers)) | row]
+
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-035
 def fit_layer(
     parts: Anatomy,  # of the pruned model
@@ -461,21 +498,34 @@ def fit_layer(
     i: int,  # the same layer in the dense model
     streams: list,  # the dense side already behind the layer
     ridge: float | tuple | None,
+    inputs: bool,  # also refit input projections
 ) -> list:  # of report rows
     "Refit one layer and move the pruned stream behind it."
     stored, rows = projections(parts, parts.layers[j]), []
     names = list(stored)
-    stages = [names] if streams[0].parallel else filter(None, [names[:1], names[1:]])
+    split = [(names[:1], [0]), (names[1:], [1])]  # output projections, and the blocks before them
+    stages = [(names, [0, 1])] if streams[0].parallel else [s for s in split if s[0]]
     with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
             s.keep(pruned=scores.plus(s.take("pruned"), s.between[i]))
-        for stage in stages:
+        for stage, blocks in stages:
+            for block in blocks if inputs else ():
+                rows += fit_inputs(parts, j, i, layer, streams, block, ridge)
             last = "end" if parts.family.tail else "dense"
             target = last if stage[-1] == names[-1] and len(names) > 1 else "middle"
-            moments = stage_moments(parts, i, layer, streams, stage, target)
-            about = dict(layer=i, projection="+".join(stage))
-            rows.append(about | fit_stage([stored[name] for name in stage], moments, ridge))
             modules = {name: projections(parts, layer)[name] for name in stage}
+
+            def given(s):
+                before, goal = s.take("pruned"), s.take(target)
+                s.keep(
+                    inputs=(x := inputs_of([*modules.values()], parts, layer, before, s.again[i]))
+                )
+                r, factor = sought(parts, layer, stage[0], goal - before, s.outputs.get(stage[0]))
+                return x, r, goal, factor
+
+            about = dict(layer=i, projection="+".join(stage))
+            fitted = fit_stage([stored[name] for name in stage], sums(i, streams, given), ridge)
+            rows.append(about | fitted)
             for name, module in modules.items():  # the copy in float32, where there is one
                 module.load_state_dict(stored[name].state_dict())
             for s in streams:
@@ -613,6 +663,7 @@ def fit_layers(
     plan: PruningPlan,
     ridge: float | tuple | None,
     norm: bool = True,
+    inputs: bool = True,
     keep=lambda part: None,  # called while a fitted layer or the "norm" is in memory
 ) -> list:  # the rows of the report
     "Refit all layers in order, with one warning for all layers in which sinks were lost."
@@ -624,10 +675,10 @@ def fit_layers(
     for j, (i, end) in enumerate(tqdm(spans, **bar)):
         advance_dense(before, streams, range(i, end))
         with in_memory(after, j):
-            rows += fit_layer(after, j, i, streams, ridge)
+            rows += fit_layer(after, j, i, streams, ridge, inputs)
             keep(j)
         for s in streams:
-            s.middle, s.end, s.outputs = None, None, {}
+            s.middle, s.end, s.attended, s.fed, s.outputs = None, None, None, None, {}
         if tokens := lost_sinks(streams):
             lost[i] = tokens
     if norm:
@@ -653,15 +704,16 @@ def reconstruct(
     plan: PruningPlan,
     ridge: float | tuple | None = None,  # λ; None or candidates: chosen on held-out samples
     norm: bool = True,  # also refit the final norm
+    inputs: bool = True,  # also refit the input projections
     return_report: bool = False,  # also return the error of every projection before and after
     inplace: bool = False,  # change `small` itself, for models too large to copy
 ) -> PreTrainedModel | tuple:  # the model, or (model, frame)
-    "Refit output projections and final norm by least squares towards the dense model's states."
+    "Refit all projections and the final norm by least squares towards the dense model's states."
     batches = scores.check_batches(batches)
     check_pruned(small, dense, plan)
     check_calibration(small, batches, ridge)
     small = small if inplace else copy.deepcopy(small)
-    rows = fit_layers(small, dense, batches, plan, ridge, norm)
+    rows = fit_layers(small, dense, batches, plan, ridge, norm, inputs)
     setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
 
@@ -692,7 +744,8 @@ def refit_seconds(
             seconds.append(time.perf_counter() - start)
     hidden, n = parts.hidden_size, tokens(batches)
     work = 4 * n * sum(sizes) + 8 * tokens(scored) * lm_parameters(model)
-    for k in (s.module.in_features for i in range(parts.num_layers) for s in parts.writers(i)):
+    widths = [s.module.in_features for i in range(parts.num_layers) for s in parts.writers(i)]
+    for k in [*widths, *[hidden] * 2 * parts.num_layers]:
         work += n * k * (k + 2 * hidden) + 14 * k**3 + 22 * k**2 * hidden
     return min(seconds) * work / (2 * tokens(timed) * sizes[0])
 
@@ -751,14 +804,15 @@ RECONSTRUCTIONS = {
         help="The remaining weights stay unchanged.",
     ),
     "stream": Method(
-        partial(reconstruct, ridge=NARROW, norm=False),
+        partial(reconstruct, ridge=NARROW, norm=False, inputs=False),
         look=Look("refitted to the dense stream", GREEN, "o"),
         help="Output projections are fitted to keep the residual stream (ours).",
     ),
     "refit": Method(
         reconstruct,
-        look=Look("refitted, with the final norm", GREEN, "s"),
-        help="As `stream`, with more candidate ridges and a fitted final norm (the default).",
+        look=Look("refitted, with inputs and final norm", GREEN, "s"),
+        version=2,
+        help="As `stream`, with inputs, final norm and more candidate ridges (the default).",
     ),
     "bias": Method(
         compensate_bias,
