@@ -125,9 +125,8 @@ def naive_reconstruct(small, dense, batches, plan, ridge, inputs=True):
         for stage in [names] if parallel else [names[:1], names[1:]]:
             now, ins, _ = naive_trace(small, batches)
             kinds = {s.kind for s in parts.writers(j) if s.name in stage}
-            for n in (
-                s.name for s in parts.linears(j) if inputs and s.axis == 0 and s.kind in kinds
-            ):
+            readers = [s.name for s in parts.linears(j) if s.axis == 0 and s.kind in kinds]
+            for n in readers * inputs:
                 module, state = projections(small)[j, n], reads[i, n]
                 wanted = state @ module.weight.detach().double().numpy().T
                 naive_fit(ins[j, n], wanted, 0, [module], ridge, state)
@@ -237,10 +236,10 @@ def test_nothing_else_moves_and_the_same_call_gives_the_same_bits():
     first, second = (reconstruct(small, model, batches, plan) for _ in range(2))
     for m, before in zip((model, small), states):
         assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
-    moved = {k for k, v in first.state_dict().items() if not torch.equal(v, states[1][k])}
-    reads = {"q_proj", "k_proj", "v_proj", "fc1"}  # whose biases stay
-    assert {k.split(".")[-2] for k in moved} == {"dense", "fc2", "final_layernorm"} | reads
-    assert not any(k.split(".")[-2] in reads and k.endswith("bias") for k in moved)
+    changed = {k for k, v in first.state_dict().items() if not torch.equal(v, states[1][k])}
+    moved = {".".join(k.split(".")[-2:]) for k in changed}
+    names = ("dense", "fc2", "final_layernorm", "q_proj", "k_proj", "v_proj", "fc1")
+    assert moved == {f"{n}.weight" for n in names} | {"fc2.bias", "final_layernorm.bias"}
     alone = reconstruct(small, model, batches, plan, norm=False).model.final_layernorm
     assert torch.equal(alone.weight, small.model.final_layernorm.weight)
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
@@ -313,11 +312,8 @@ def test_the_norm_is_fitted_by_regression_of_each_channel(name):
     model, batches = build(name), text_batches()
     batches = [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in batches]
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
-    options = dict(ridge=0.1, inplace=True)
-    sliced, fitted = (
-        reconstruct(apply_plan(model, plan), model, batches, plan, norm=norm, **options)
-        for norm in (False, True)
-    )
+    fit = lambda norm: reconstruct(apply_plan(model, plan), model, batches, plan, 0.1, norm)
+    sliced, fitted = fit(False), fit(True)
 
     def normed(m):
         found = []
@@ -369,10 +365,8 @@ def global_reference(model, scores, ratio, standardize=False):
     sizes, total, removed = layer_sizes(model), lm_parameters(model), 0
     units = []
     for i, s in enumerate(sizes):
-        for kind, price, floor in (
-            ("heads", s.head_parameters, 1),
-            ("neurons", s.neuron_parameters, 8),
-        ):
+        kinds = ("heads", s.head_parameters, 1), ("neurons", s.neuron_parameters, 8)
+        for kind, price, floor in kinds:
             values = getattr(scores, kind)[i].tolist()
             cheapest = sorted(range(len(values)), key=lambda u: (values[u], u))
             worth = deviations(values) if standardize else [v / price for v in values]
@@ -411,17 +405,15 @@ def test_floors_rounding_nesting_and_scale():
     scores = width_scores(model)
     plans = [plan_global(model, scores, r) for r in (0.1, 0.3, 0.5)]
     assert plans[1] <= plans[0] and plans[2] <= plans[1]
-    low = WidthScores({i: v * 1e-9 for i, v in scores.heads.items()}, scores.neurons, "x", {})
+    times = lambda scores, factor: {i: v * factor for i, v in scores.items()}
+    low = WidthScores(times(scores.heads, 1e-9), scores.neurons, "x", {})
     assert all(len(v) == 1 for v in plan_global(model, low, 0.6).heads.values())
-    flat = WidthScores(scores.heads, {i: v * 1e-9 for i, v in scores.neurons.items()}, "x", {})
+    flat = WidthScores(scores.heads, times(scores.neurons, 1e-9), "x", {})
     assert all(len(v) == 8 for v in plan_global(model, flat, 0.5).neurons.values())
     rounded = plan_global(model, scores, 0.3, round_to=16)
     assert all(len(v) % 16 == 0 for v in rounded.neurons.values())
     assert abs(rounded.achieved_ratio - 0.3) < 0.02
-    scale = 7.0
-    scaled = WidthScores(
-        *({i: v * scale for i, v in d.items()} for d in (scores.heads, scores.neurons)), "x", {}
-    )
+    scaled = WidthScores(times(scores.heads, 7.0), times(scores.neurons, 7.0), "x", {})
     assert plan_global(model, scaled, 0.3).neurons == plans[1].neurons
 
 

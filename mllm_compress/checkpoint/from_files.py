@@ -17,7 +17,6 @@ from ..anatomy.families import anatomy
 from ..anatomy.streaming import SOURCE, layers_prefix, weight_names
 from .formats import choose_format
 from .saving import write_checkpoint
-from ..importance.scores import check_batches
 from ..pruning import reconstruction
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan, check_describes
@@ -94,10 +93,7 @@ def reconstruct_files(
     **options,  # of prune_files
 ) -> Path:  # the folder
     "Prune and refit a checkpoint of any size: the files that `reconstruct` and `save_pruned` make."
-    batches = check_batches(batches)
     small, weights = apply_plan(source.model, plan), CutWeights(source, plan)
-    reconstruction.check_pruned(small, source.model, plan)
-    reconstruction.check_calibration(small, batches, ridge)
     setattr(small, SOURCE, weights)
     parts = anatomy(small)
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
@@ -111,6 +107,5 @@ def reconstruct_files(
             save_file({n: small.get_parameter(n).detach().contiguous() for n in names}, file)
             weights.fitted |= dict.fromkeys(names, file)
 
-        rows = reconstruction.fit_layers(small, source.model, batches, plan, ridge, keep=keep)
-        setattr(small.config, reconstruction.MARK, reconstruction.mark_of(plan, rows, ridge))
+        reconstruction.fit_layers(small, source.model, batches, plan, ridge, keep=keep)
         return prune_files(source, plan, folder, processor, small=small, weights=weights, **options)

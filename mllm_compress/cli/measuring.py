@@ -290,21 +290,18 @@ def comparison_picture(costs, scores, file: Path) -> None:
     left, *others = figure.subplots(1, 1 + paired, squeeze=False)[0]
     costs = costs.dropna(subset="small / dense")[::-1]
     percent = 100 * costs["small / dense"].astype(float)
-    bars = left.barh([what.split(", ")[0] for what in costs.what], percent, color="#0072B2")
-    left.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-    left.axvline(100, color="#777777", lw=1)
-    left.set(xlabel="% of the dense model", xlim=(0, max(110, 1.12 * percent.max())), title="cost")
+    bars = left.barh([what.split(", ")[0] for what in costs.what], percent)
+    left.bar_label(bars, fmt="%.0f", padding=3)
+    left.axvline(100, color="gray")
+    left.set(xlabel="% of the dense model", title="cost", xmargin=0.12)
     for right in others:
         shown = scores.dropna(subset="difference")[::-1]
         names = shown.benchmark.replace(*cli.OWN, regex=True)
         names = [f"{name} (n = {n:.0f})" for name, n in zip(names, shown.n)]
-        low, high = shown.low_difference, shown.high_difference
-        error = [shown.difference - low, high - shown.difference]
-        right.errorbar(shown.difference, names, xerr=error, fmt="o", capsize=3, color="#D55E00")
-        right.axvline(0, color="#777777", lw=1)
-        span = max(10, 1.1 * low.abs().max(), 1.1 * high.abs().max())
-        right.set(xlabel="small - dense, points [95 %]", xlim=(-span, span), title="scores")
-        right.set_ylim(-0.6, len(names) - 0.4)
+        ends = shown.difference - shown.low_difference, shown.high_difference - shown.difference
+        right.errorbar(shown.difference, names, xerr=ends, fmt="o", capsize=3, color="C1")
+        right.axvline(0, color="gray")
+        right.set(xlabel="small - dense, points [95 %]", title="scores", ymargin=0.4)
     figure.savefig(file, dpi=120)
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-031

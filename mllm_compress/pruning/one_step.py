@@ -66,13 +66,13 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
     if ratio is None:
         raise ValueError(f"budget {plan.meta['budget']} removes nothing: ask for a smaller share.")
     size, total = layer_sizes(model)[0], plan.meta["lm_parameters"]
-    layer, neuron = size.parameters / total, size.neuron_parameters / total
-    step = f"one layer ({layer:.1%})" if plan.method == "layerwise" else f"a neuron ({neuron:.2%})"
-    if size.experts and plan.method == "widthwise":
-        step = f"an expert of one layer ({size.expert_parameters / total:.1%})"
+    unit = "expert" if size.experts else "neuron"
+    least = size.parameters if plan.method == "layerwise" else getattr(size, f"{unit}_parameters")
+    unit = "layer" if plan.method == "layerwise" else unit
     raise ValueError(
-        f"ratio {ratio} removes nothing: the smallest step is {step}. Ask for more, or prune "
-        "heads and neurons with shape='blockwise' (--shape blockwise)."
+        f"ratio {ratio} removes nothing: the smallest step is one {unit} "
+        f"({least / total:.2%}). Ask for more, or prune heads and neurons with shape='blockwise' "
+        "(--shape blockwise)."
     )
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017

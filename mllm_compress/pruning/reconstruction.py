@@ -163,15 +163,12 @@ def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-005
 ROWS = 2048  # tokens of a text that pass through a layer at once, if a row is not longer
-READ = ("attended", "fed")  # what attention and MLP read, as fields of a stream
 
 
 @dataclass
 class Stream:
     "The states of one calibration batch in both models, while they run layer by layer."
 
-    dense: torch.Tensor  # [batch, tokens, hidden] of the dense model
-    pruned: torch.Tensor  # the same of the pruned model
     calls: list  # keyword arguments of every layer of the dense model
     again: list  # the same for the pruned model, which shares its own keys and values (Gemma 4)
     real: torch.Tensor  # [batch, tokens] bool: not padding
@@ -179,31 +176,27 @@ class Stream:
     targets: torch.Tensor  # [batch, tokens] the supervised token that follows, or -100
     between: list  # for each layer what is added in front of it (Qwen3-VL), or None
     in_files: bool  # whether the states are kept in files
-    middle: torch.Tensor | None = None  # dense stream between attention and MLP
-    end: torch.Tensor | None = None  # dense stream behind the MLP, where a layer goes on
-    attended: torch.Tensor | None = None  # what the dense attention, or what is in its place, reads
-    fed: torch.Tensor | None = None  # what the dense MLP reads
-    inputs: torch.Tensor | None = None  # [batch, tokens, channels] of the projections to be fitted
-    outputs: dict = field(default_factory=dict)  # slot -> its dense output, where a norm follows
     parallel: bool = False  # attention and MLP of the layer read the same state (Phi)
+    # name -> [batch, tokens, channels]. Residual streams: "dense" and "pruned", and of the dense
+    # one "middle" (between attention and MLP) and "end" (behind the MLP, where a layer goes on).
+    # What blocks of the dense layer read: "attention" (or what is in its place) and "mlp".
+    # Output projections: "inputs" (of those that are fitted), and by slot the dense output.
+    states: dict = field(default_factory=dict)
 
     def keep(self, **states) -> None:
-        "Replace some states by new ones, in memory or in files."
+        "Replace some states, in memory or in temporary files that are removed together with them."
         for name, state in states.items():
-            setattr(self, name, self.placed(state))
-
-    def placed(self, state: torch.Tensor) -> torch.Tensor:
-        "The state, in memory or in a temporary file that is removed together with it."
-        if not self.in_files:
-            return state
-        with tempfile.NamedTemporaryFile(prefix="mllm_compress-") as file:
-            scores.check_disk(file.name, state.nbytes)
-            kind = dict(size=state.numel(), dtype=state.dtype)
-            return torch.from_file(file.name, shared=True, **kind).view(state.shape).copy_(state)
+            if self.in_files:
+                with tempfile.NamedTemporaryFile(prefix="mllm_compress-") as file:
+                    scores.check_disk(file.name, state.nbytes)
+                    kind = dict(size=state.numel(), dtype=state.dtype)
+                    stored = torch.from_file(file.name, shared=True, **kind)
+                    state = stored.view(state.shape).copy_(state)
+            self.states[name] = state
 
     def take(self, name: str) -> torch.Tensor:
         "A state, moved to the device on which the model computes."
-        return getattr(self, name).to(self.real.device)
+        return self.states[name].to(self.real.device)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-007
 def working_dtype(model) -> torch.dtype:
@@ -244,7 +237,7 @@ def open_streams(
         calls = [tree_map(float_, arguments) for arguments in front.calls]
         own = {"shared_kv_states": {}} if "shared_kv_states" in calls[0] else {}
         calls = calls, [arguments | own for arguments in calls]
-        streams.append(Stream(None, None, *calls, real, held, targets, front.between, in_files))
+        streams.append(Stream(*calls, real, held, targets, front.between, in_files))
         streams[-1].keep(dense=front.first.to(dtype), pruned=pruned.first.to(dtype))
     return streams
 
@@ -293,18 +286,17 @@ def run_layer(
     layer: torch.nn.Module,  # the layer itself, or its copy in float32
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
-) -> tuple:  # output of each output projection by slot, the state behind the layer, two inputs
-    "Run a layer; the inputs are those of attention and MLP, one tensor where both read it (Phi)."
+) -> tuple:  # output of each output projection by slot, state behind the layer, inputs by block
+    "Run a layer; attention and MLP have one tensor as input where both read it (Phi)."
     outputs, read = {}, []
     keep = lambda name: lambda _, args, output: outputs.update({name: output})
     see = lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"])
     handles = [m.register_forward_hook(keep(n)) for n, m in projections(parts, layer).items()]
-    handles += [
-        block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks_of(parts, layer)
-    ]
+    blocks = blocks_of(parts, layer)
+    handles += [m.register_forward_pre_hook(see, with_kwargs=True) for m in blocks.values()]
     with hooked(handles):
         after = layer(hidden, **call)
-    return outputs, after, read
+    return outputs, after, dict(zip(blocks, read))
 
 
 def projections(parts: Anatomy, layer: torch.nn.Module) -> dict:  # slot name -> module
@@ -322,9 +314,9 @@ def mixer_of(parts: Anatomy, layer: torch.nn.Module) -> torch.nn.Module:
     return next(m for m in (below(layer, path) for path in paths) if m is not None)
 
 
-def blocks_of(parts: Anatomy, layer: torch.nn.Module) -> tuple:
+def blocks_of(parts: Anatomy, layer: torch.nn.Module) -> dict:  # block -> module
     "Attention, or what is in its place, and MLP of a layer."
-    return mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)
+    return {"attention": mixer_of(parts, layer), "mlp": layer.get_submodule(parts.family.mlp)}
 
 
 def added(parts: Anatomy, layer: torch.nn.Module, outputs: dict) -> torch.Tensor:
@@ -400,22 +392,16 @@ def advance_dense(
                     )
                 s.keep(dense=after)
                 if i == layers[0]:
-                    s.parallel = read[0] is read[1] or flagged
-                    s.keep(**dict(zip(READ, read)))
+                    s.parallel = read["attention"] is read["mlp"] or flagged
                     first = dict([next(iter(outputs.items()))])
-                    s.keep(middle=before + added(parts, layer, first))
+                    s.keep(middle=before + added(parts, layer, first), **read)
+                    s.keep(**{name: y for name, y in outputs.items() if name in normed})
                     if parts.family.tail:
                         s.keep(end=end)
-                    behind = {name: y for name, y in outputs.items() if name in normed}
-                    s.outputs = {name: s.placed(y) for name, y in behind.items()}
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-027
-def sums(
-    i: int,  # layer of the dense model
-    streams: list,
-    given,  # a stream -> x, r, the state aimed at, and the factor of an error of r in that state
-) -> tuple:  # Moments of the samples to fit on, and of the held-out ones
-    "Sums over the tokens of all batches for one fit; errors are relative to the state aimed at."
+def sums(i: int, streams: list, given) -> tuple:  # see fit_stage
+    "Moments of the samples to fit on, and of the held-out ones."
     moments = Moments(), Moments()
     for s in streams:
         x, r, goal, factor = given(s)
@@ -437,11 +423,14 @@ def sums(
 @torch.no_grad()
 def fit_stage(
     modules: list,  # the projections of one stage, in the pruned model
-    moments: tuple,  # see sums
+    i: int,  # their layer in the dense model
+    streams: list,
+    given,  # a stream -> x, r, the state aimed at, and the factor of an error of r in that state
     ridge: float | tuple | None,  # a tuple: candidates; None: RIDGES
 ) -> dict:  # of a row of the report
     "Refit the projections of one stage."
-    before, (train, held) = torch.cat([m.weight.double() for m in modules], 1), moments
+    before = torch.cat([m.weight.double() for m in modules], 1)
+    train, held = sums(i, streams, given)
     biased, both, error = [m for m in modules if m.bias is not None], train + held, float("nan")
     offset = sum((m.bias.double() for m in biased), torch.zeros_like(before[:, 0]))
     if ridge is None or isinstance(ridge, (list, tuple)):
@@ -467,27 +456,25 @@ def fit_inputs(
     i: int,  # the same layer in the dense model
     layer: torch.nn.Module,  # layer j, or its copy in float32
     streams: list,
-    block: int,  # 0: attention, 1: MLP
+    block: str,  # attention or mlp
     ridge: float | tuple | None,
 ) -> list:  # of report rows: one, or none where no projection is known
     "Refit the input projections of a block: one map of what it reads, towards the dense states."
-    path = (parts.family.attention, parts.family.mlp)[block]
-    readers = [s for s in parts.linears(j) if s.axis == 0 and s.slot.path.startswith(f"{path}.")]
+    path = f"{getattr(parts.family, block)}."
+    readers = [s for s in parts.linears(j) if s.axis == 0 and s.slot.path.startswith(path)]
     if not readers:
         return []
 
     def given(s):
-        modules, goal = [blocks_of(parts, layer)[block]], s.take(READ[block])
+        modules, goal = [blocks_of(parts, layer)[block]], s.take(block)
         return inputs_of(modules, parts, layer, s.take("pruned"), s.again[i]), goal, goal, 1.0
 
     like, width = readers[0].module.weight, readers[0].module.in_features
-    kind = dict(device=like.device, dtype=working_dtype(parts.model))
-    change = torch.nn.Linear(width, width, bias=False, **kind)
+    change = torch.nn.Linear(width, width, bias=False).to(like.device, working_dtype(parts.model))
     torch.nn.init.eye_(change.weight)
-    row = fit_stage([change], sums(i, streams, given), ridge)
+    row = fit_stage([change], i, streams, given, ridge)
     for slot in readers:
-        weight = slot.module.weight
-        weight.copy_(weight.double() @ change.weight.double())
+        slot.module.weight.copy_(slot.module.weight.double() @ change.weight.double())
         layer.get_submodule(slot.slot.path).load_state_dict(slot.module.state_dict())
     return [dict(layer=i, projection="+".join(s.name for s in readers)) | row]
 
@@ -503,8 +490,8 @@ def fit_layer(
     "Refit one layer and move the pruned stream behind it."
     stored, rows = projections(parts, parts.layers[j]), []
     names = list(stored)
-    split = [(names[:1], [0]), (names[1:], [1])]  # output projections, and the blocks before them
-    stages = [(names, [0, 1])] if streams[0].parallel else [s for s in split if s[0]]
+    stages = [(names[:1], ["attention"]), (names[1:], ["mlp"])]  # outputs, and blocks before them
+    stages = [(names, ["attention", "mlp"])] if streams[0].parallel else [s for s in stages if s[0]]
     with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
             s.keep(pruned=scores.plus(s.take("pruned"), s.between[i]))
@@ -517,22 +504,20 @@ def fit_layer(
 
             def given(s):
                 before, goal = s.take("pruned"), s.take(target)
-                s.keep(
-                    inputs=(x := inputs_of([*modules.values()], parts, layer, before, s.again[i]))
-                )
-                r, factor = sought(parts, layer, stage[0], goal - before, s.outputs.get(stage[0]))
+                x = inputs_of([*modules.values()], parts, layer, before, s.again[i])
+                s.keep(inputs=x)
+                r, factor = sought(parts, layer, stage[0], goal - before, s.states.get(stage[0]))
                 return x, r, goal, factor
 
-            about = dict(layer=i, projection="+".join(stage))
-            fitted = fit_stage([stored[name] for name in stage], sums(i, streams, given), ridge)
-            rows.append(about | fitted)
+            fitted = fit_stage([stored[name] for name in stage], i, streams, given, ridge)
+            rows.append(dict(layer=i, projection="+".join(stage)) | fitted)
             for name, module in modules.items():  # the copy in float32, where there is one
                 module.load_state_dict(stored[name].state_dict())
             for s in streams:
                 x = s.take("inputs").split([m.in_features for m in modules.values()], -1)
                 outputs = {name: m(part) for (name, m), part in zip(modules.items(), x)}
                 s.keep(pruned=s.take("pruned") + added(parts, layer, outputs))
-                s.inputs = None
+                del s.states["inputs"]
         mlp = len(names) > 1  # experts are not refitted
         for s in streams if parts.family.tail or not mlp else ():
             with without(parts, layer, before := s.take("pruned"), mlp):
@@ -554,13 +539,6 @@ def lost_sinks(streams: list) -> int:
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-006
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
-
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-008
-def mark_of(plan: PruningPlan, rows: list, ridge: float | tuple | None) -> dict:
-    "The mark for the config of a reconstructed model, from the `rows` of its report."
-    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-    given = None if isinstance(ridge, (list, tuple)) else ridge
-    return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": given}
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-010
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
@@ -667,6 +645,9 @@ def fit_layers(
     keep=lambda part: None,  # called while a fitted layer or the "norm" is in memory
 ) -> list:  # the rows of the report
     "Refit all layers in order, with one warning for all layers in which sinks were lost."
+    batches = scores.check_batches(batches)
+    check_pruned(small, dense, plan)
+    check_calibration(small, batches, ridge)
     before, after, rows, lost = anatomy(dense), anatomy(small), [], {}
     streams = open_streams(small, dense, batches)
     advance_dense(before, streams, range(plan.layers[0]))
@@ -678,7 +659,7 @@ def fit_layers(
             rows += fit_layer(after, j, i, streams, ridge, inputs)
             keep(j)
         for s in streams:
-            s.middle, s.end, s.attended, s.fed, s.outputs = None, None, None, None, {}
+            s.states = {name: s.states[name] for name in ("dense", "pruned")}
         if tokens := lost_sinks(streams):
             lost[i] = tokens
     if norm:
@@ -693,6 +674,10 @@ def fit_layers(
             "Protect that layer, or plan with scores of calibration data like these.",
             stacklevel=3,
         )
+    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+    given = None if isinstance(ridge, (list, tuple)) else ridge
+    mark = {"plan": digest, "tokens": rows[0]["tokens"], "ridge": given}
+    setattr(small.config, MARK, mark)
     return rows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-016
@@ -709,12 +694,8 @@ def reconstruct(
     inplace: bool = False,  # change `small` itself, for models too large to copy
 ) -> PreTrainedModel | tuple:  # the model, or (model, frame)
     "Refit all projections and the final norm by least squares towards the dense model's states."
-    batches = scores.check_batches(batches)
-    check_pruned(small, dense, plan)
-    check_calibration(small, batches, ridge)
     small = small if inplace else copy.deepcopy(small)
     rows = fit_layers(small, dense, batches, plan, ridge, norm, inputs)
-    setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #enough
@@ -756,14 +737,13 @@ def compensate_bias(small, dense, batches: list, plan: PruningPlan) -> PreTraine
     check_pruned(small, dense, plan)
     small, (means, _) = copy.deepcopy(small), input_moments(dense, batches)
     for j, i in enumerate(plan.layers):
-        kept = {"head": plan.heads.get(i), "neuron": plan.neurons.get(i)}
-        pairs = zip(anatomy(dense).writers(i), anatomy(small).writers(j))
-        for full, cut in (p for p in pairs if kept[p[0].kind] is not None):
+        for full, cut in zip(anatomy(dense).writers(i), anatomy(small).writers(j)):
             gone = torch.ones(full.module.in_features, dtype=torch.bool)
-            gone[full.index(kept[full.kind])] = False
-            mean = means[i, full.name][gone].to(full.module.weight)
-            lost, old = full.module.weight[:, gone] @ mean, cut.module.bias
-            cut.module.bias = torch.nn.Parameter(lost if old is None else old + lost)
+            gone[full.index(plan.kept(f"{full.kind}s", i))] = False
+            if gone.any():
+                mean = means[i, full.name][gone].to(full.module.weight)
+                lost, old = full.module.weight[:, gone] @ mean, cut.module.bias
+                cut.module.bias = torch.nn.Parameter(lost if old is None else old + lost)
     return small
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-010
@@ -779,21 +759,21 @@ def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTraine
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         advance_dense(before, streams, range(i, end))
         for s in streams:
-            s.pruned = scores.plus(s.pruned, s.between[i])
+            s.keep(pruned=scores.plus(s.take("pruned"), s.between[i]))
         if end > i + 1:
             moments, slot = Moments(), after.writers(j)[-1]
             for s in streams:
-                outputs, state, _ = run_layer(after, after.layers[j], s.pruned, s.again[i])
+                enters, goal = s.take("pruned"), s.take("dense")
+                outputs, state, _ = run_layer(after, after.layers[j], enters, s.again[i])
                 wrote = written(after, after.layers[j], slot.name, outputs[slot.name])
-                missing = s.dense - (state - wrote)
-                size = s.dense.square().sum(-1)
+                size, missing = goal.square().sum(-1), goal - (state - wrote)
                 moments.add(*(x[s.real] for x in (wrote, missing, size, s.real.to(wrote))))
             identity = torch.eye(slot.module.out_features, dtype=torch.float64)
             fitted, _ = solve_ridge(moments, identity, ridge=1e-3, bias=False)
             for p in slot.module.parameters():
                 p.copy_(fitted @ p.double())
         for s in streams:
-            s.pruned = after.layers[j](s.pruned, **s.again[i])
+            s.keep(pruned=after.layers[j](s.take("pruned"), **s.again[i]))
     return cast(small, dtype)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014x
