@@ -197,7 +197,7 @@ class PruneRequest(CalibratedRequest):
     allocation: str | None = None
     "Widthwise."
     reconstruct: bool | None = None
-    "Refit the remaining output projections by least squares; no training."
+    "Refit the remaining weights by least squares; no training."
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     "With --reconstruct: the ridge; default: chosen on held-out samples."
     layers: Annotated[str, AfterValidator(layer_numbers)] | None = None

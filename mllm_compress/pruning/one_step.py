@@ -318,7 +318,7 @@ def prune(
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
     recipe: str | None = None,  # recommended, uniform, layers, paper; None: by the options
     allocation: str | None = None,  # a row of ALLOCATIONS; None: the recipe's
-    reconstruct: bool | None = None,  # refit the output projections; None: the recipe's
+    reconstruct: bool | None = None,  # refit what is left; None: the recipe's
     ridge: float | None = None,  # of the refit; None: chosen on held-out samples
     layer_method: str | None = None,  # a layerwise criterion: whole layers go as well
     seed: int = 0,  # for criteria that draw random numbers
