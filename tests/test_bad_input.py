@@ -397,6 +397,7 @@ CASES = [
             ("llava", "choose another folder"),
             ("llava/out", "choose another folder"),
             (".", "choose another folder|choose a new"),
+            ("..", "holds the current folder|choose another folder"),
             ("unreadable/../notes.txt", "choose|is a file"),
         )
     ),

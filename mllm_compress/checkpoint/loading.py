@@ -119,9 +119,9 @@ def load_pruned(
         module.support_avx512bf16_for_cpu = False
     if (name := manifest["processor_class"]) is None:
         return model, None, plan
-    processor_class = _class_named(name, ProcessorMixin, PreTrainedTokenizerBase)
+    kinds = ProcessorMixin, PreTrainedTokenizerBase, transformers.BaseImageProcessor
     with naming_extras():
-        return model, processor_class.from_pretrained(folder), plan
+        return model, _class_named(name, *kinds).from_pretrained(folder), plan
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #either-code
 def load_any(name, **options) -> tuple:  # (model, processor)

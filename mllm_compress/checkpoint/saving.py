@@ -68,10 +68,10 @@ def check_output(
     for what, given in (inputs or {}).items():
         source = Path(given).resolve()  # if it is not a name or hub id
         if source.exists() and (target.is_relative_to(source) or source.is_relative_to(target)):
-            relation = "is" if source == target else "overlaps"
-            raise ValueError(
-                f"the output {target} {relation} the {what} {given}: choose another folder."
-            )
+            how = "is" if source == target else "overlaps"
+            raise ValueError(f"output {target} {how} the {what} {given}: choose another folder.")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{path} holds the current folder: choose another path.")
     taken = any(place.iterdir()) if place.is_dir() else place.exists()
     if taken and not ours:
         raise ValueError(f"{path} exists and was not written by {writer}: choose another path.")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 import mllm_compress as mc
 from ..utils.files import alone, read_yaml, remembered
@@ -171,7 +171,7 @@ def politely(
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-015
 Limit = Annotated[int, Field(ge=0, le=10_000_000)]  # 0: none, or all
-File = Annotated[Path, Field(strict=False)]  # may be given as text; also a folder
+File = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]  # or a folder
 Model = described(str, "A name (see `models`), a folder, or a hub id.")
 Out = described(File, "Folder to write.")
 Overwrite = described(bool, "Replace an earlier result in the output folder; keep other files.")
@@ -181,7 +181,7 @@ Device = described(str, "auto (a GPU if there is one), cpu, cuda, cuda:1, mps ..
 class Request(BaseModel):
     "The options of a command; ValueError for a wrong one."
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = dict(extra="forbid", strict=True, use_attribute_docstrings=True)
     arguments: ClassVar[tuple] = ("model",)  # fields that are written without the name of an option
     title: ClassVar[str] = ""  # of its options, in messages
     kept: ClassVar[str] = "Nothing was written."  # what an interruption leaves
