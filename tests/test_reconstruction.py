@@ -269,7 +269,8 @@ def test_attention_sinks_do_not_take_over():
         batch["input_ids"][:, 0] = 3
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     _, report = reconstruct(apply_plan(model, plan), model, batches, plan, return_report=True)
-    assert (report.after < report.before + 1e-6).mean() > 0.7
+    writes = report[report.projection.isin(["o", "down"])]
+    assert (writes.after < writes.before).mean() > 0.7
 
 
 def test_removing_what_writes_a_sink_is_reported():
@@ -384,8 +385,7 @@ def global_reference(model, scores, ratio, standardize=False):
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.45])
 @pytest.mark.parametrize("standardize", [False, True])
 def test_rankings_equal_plain_loops(case, ratio, standardize):
-    model = build(case)
-    scores = width_scores(model)
+    scores = width_scores(model := build(case))
     gone, achieved = global_reference(model, scores, ratio, standardize)
     plan = plan_global(model, scores, ratio, allocation="standardized" if standardize else "global")
     cut = {(k, i, u) for k in ("heads", "neurons") for i in plan.layers for u in plan.removed(k, i)}
@@ -401,8 +401,7 @@ def deviations(values):
 
 
 def test_floors_rounding_nesting_and_scale():
-    model = build("qwen2-3x2")
-    scores = width_scores(model)
+    scores = width_scores(model := build("qwen2-3x2"))
     plans = [plan_global(model, scores, r) for r in (0.1, 0.3, 0.5)]
     assert plans[1] <= plans[0] and plans[2] <= plans[1]
     times = lambda scores, factor: {i: v * factor for i, v in scores.items()}
@@ -418,8 +417,7 @@ def test_floors_rounding_nesting_and_scale():
 
 
 def test_global_allocation_refuses_bad_input():
-    model = build("llama-4x1")
-    scores = width_scores(model)
+    scores = width_scores(model := build("llama-4x1"))
     for args, kw, words in (
         ((model, scores, 1.2), {}, "outside"),
         ((model, scores, 0.94), {}, "cannot be reached"),

@@ -204,9 +204,11 @@ def test_a_short_search_refits_one_plan(model, batches, monkeypatch):
     clock = SimpleNamespace(perf_counter=count().__next__)  # a second per value
     monkeypatch.setitem(search.__globals__, "time", clock)
     monkeypatch.setitem(search.__globals__, "refit_seconds", lambda *_: 4 / 3)
-    about = RUN | dict(scores=scored(), minutes=2 / 60)
-    front = search(model, batches, {"latency": 0.6}, DEVICE, **about)
+    about = dict(scores=scored(), generations=4, ridge=0.1)
+    run = lambda minutes: search(model, batches, {"latency": 0.6}, DEVICE, minutes, **about)
+    front, more = run(2 / 60), run(20)
     assert front.frame.kl_refit.count() == 1 and "lowest of 1 refitted" in front.reason
+    assert more.frame.kl_refit.count() > 1 and more.frame.moves.any()
     monkeypatch.setitem(prune.__globals__, "measure", None)  # as no scores are reached
     with pytest.raises(ValueError, match="shorter than one candidate"):
         prune(model, batches, ratio=0.3, search=dict(minutes=0.01))
@@ -225,6 +227,7 @@ def test_the_command_searches_and_says_why(tmp_path, monkeypatch):
         "-o x --layers 1 --search minutes=5": "leave --layers",
         "-o x --ratio 0.3 --search minutes=5 --protect 1,1": "chooses the layers",
         "-o x --ratio 0.3 --search minutes=5 --recipe paper": "after the refit",
+        "-o x --ratio 0.3 --search minutes=0.00001 --samples 64": "shorter than one candidate",
     }.items():
         done = run(line)
         assert done.exit_code == 2 and says in " ".join(done.output.split()), done.output

@@ -66,9 +66,8 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
     if ratio is None:
         raise ValueError(f"budget {plan.meta['budget']} removes nothing: ask for a smaller share.")
     size, total = layer_sizes(model)[0], plan.meta["lm_parameters"]
-    unit = "expert" if size.experts else "neuron"
-    least = size.parameters if plan.method == "layerwise" else getattr(size, f"{unit}_parameters")
-    unit = "layer" if plan.method == "layerwise" else unit
+    unit = "layer" if plan.method == "layerwise" else "expert" if size.experts else "neuron"
+    least = size.parameters if unit == "layer" else getattr(size, f"{unit}_parameters")
     raise ValueError(
         f"ratio {ratio} removes nothing: the smallest step is one {unit} "
         f"({least / total:.2%}). Ask for more, or prune heads and neurons with shape='blockwise' "

@@ -179,7 +179,8 @@ class Stream:
     parallel: bool = False  # attention and MLP of the layer read the same state (Phi)
     # name -> [batch, tokens, channels]. Residual streams: "dense" and "pruned", and of the dense
     # one "middle" (between attention and MLP) and "end" (behind the MLP, where a layer goes on).
-    # What blocks of the dense layer read: "attention" (or what is in its place) and "mlp".
+    # What blocks of the dense layer read: "attention" (or what is in its place), and "mlp" where
+    # that is another state.
     # Output projections: "inputs" (of those that are fitted), and by slot the dense output.
     states: dict = field(default_factory=dict)
 
@@ -287,7 +288,7 @@ def run_layer(
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
 ) -> tuple:  # output of each output projection by slot, state behind the layer, inputs by block
-    "Run a layer; attention and MLP have one tensor as input where both read it (Phi)."
+    "Run a layer; where attention and MLP read one tensor, it is the input of attention (Phi)."
     outputs, read = {}, []
     keep = lambda name: lambda _, args, output: outputs.update({name: output})
     see = lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"])
@@ -296,7 +297,7 @@ def run_layer(
     handles += [m.register_forward_pre_hook(see, with_kwargs=True) for m in blocks.values()]
     with hooked(handles):
         after = layer(hidden, **call)
-    return outputs, after, dict(zip(blocks, read))
+    return outputs, after, dict(zip(blocks, read[: 1 + (read[0] is not read[1])]))
 
 
 def projections(parts: Anatomy, layer: torch.nn.Module) -> dict:  # slot name -> module
@@ -392,7 +393,7 @@ def advance_dense(
                     )
                 s.keep(dense=after)
                 if i == layers[0]:
-                    s.parallel = read["attention"] is read["mlp"] or flagged
+                    s.parallel = "mlp" not in read or flagged
                     first = dict([next(iter(outputs.items()))])
                     s.keep(middle=before + added(parts, layer, first), **read)
                     s.keep(**{name: y for name, y in outputs.items() if name in normed})
@@ -456,12 +457,13 @@ def fit_inputs(
     i: int,  # the same layer in the dense model
     layer: torch.nn.Module,  # layer j, or its copy in float32
     streams: list,
-    block: str,  # attention or mlp
+    block: str,  # attention (with the MLP, where both read one state) or mlp
     ridge: float | tuple | None,
 ) -> list:  # of report rows: one, or none where no projection is known
     "Refit the input projections of a block: one map of what it reads, towards the dense states."
-    path = f"{getattr(parts.family, block)}."
-    readers = [s for s in parts.linears(j) if s.axis == 0 and s.slot.path.startswith(path)]
+    blocks = (block,) if "mlp" in streams[0].states else ("attention", "mlp")
+    paths = tuple(f"{getattr(parts.family, name)}." for name in blocks)
+    readers = [s for s in parts.linears(j) if s.axis == 0 and s.slot.path.startswith(paths)]
     if not readers:
         return []
 
@@ -490,13 +492,14 @@ def fit_layer(
     "Refit one layer and move the pruned stream behind it."
     stored, rows = projections(parts, parts.layers[j]), []
     names = list(stored)
-    stages = [(names[:1], ["attention"]), (names[1:], ["mlp"])]  # outputs, and blocks before them
-    stages = [(names, ["attention", "mlp"])] if streams[0].parallel else [s for s in stages if s[0]]
+    blocks = [b for b in ("attention", "mlp") if inputs and b in streams[0].states]
+    stages = [(names[:1], blocks[:1]), (names[1:], blocks[1:])]  # outputs, and blocks before them
+    stages = [(names, blocks)] if streams[0].parallel else [s for s in stages if s[0]]
     with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
             s.keep(pruned=scores.plus(s.take("pruned"), s.between[i]))
         for stage, blocks in stages:
-            for block in blocks if inputs else ():
+            for block in blocks:
                 rows += fit_inputs(parts, j, i, layer, streams, block, ridge)
             last = "end" if parts.family.tail else "dense"
             target = last if stage[-1] == names[-1] and len(names) > 1 else "middle"
@@ -676,8 +679,7 @@ def fit_layers(
         )
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     given = None if isinstance(ridge, (list, tuple)) else ridge
-    mark = {"plan": digest, "tokens": rows[0]["tokens"], "ridge": given}
-    setattr(small.config, MARK, mark)
+    setattr(small.config, MARK, {"plan": digest, "tokens": rows[0]["tokens"], "ridge": given})
     return rows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-016

@@ -55,7 +55,7 @@ from ..utils.files import content_hash, write_atomically
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-006
 POSITIONS = 1024  # answer positions, at most, at which predictions are compared
-LOOK = 256  # answer positions of a first look
+LOOK = 256  # answer positions of a first look; tokens of its parts, at most
 
 
 class HeldOut:
