@@ -110,14 +110,16 @@ def test_stock_transformers_loads_layerwise_and_uniform_in_a_fresh_process(tmp_p
 def test_llama_with_a_head_count_it_refuses_becomes_mistral(tmp_path):
     model, plan = pruned("llama-4x1", "uniform")
     assert model.config.num_attention_heads == 3 and model.config.hidden_size % 3
-    with pytest.raises(ValueError, match=r"attention heads \(3\). Save it with .*save_pruned"):
-        model.save_pretrained(tmp_path / "llama")
+    wide = pruned("llama-4x1", "blockwise")[0]
+    for small, fault in ((model, r"attention heads \(3\)"), (wide, "layers differ in width")):
+        with pytest.raises(ValueError, match=rf"{fault}. Save it with .*save_pruned"):
+            small.save_pretrained(tmp_path / "llama")
     save_pruned(model, plan, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["MistralForCausalLM"]
     assert config["sliding_window"] is None and config["head_dim"] == 8
-    for key in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size"):
-        assert config[key] == model.config.to_dict()[key]
+    same_keys = ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")
+    assert {k: config[k] for k in same_keys} == {k: model.config.to_dict()[k] for k in same_keys}
     assert "saved as mistral" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -164,8 +166,7 @@ def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
     "In three processes: without this package, and with it imported before or after transformers."
     model, folder = saved(tmp_path, "llama-4x1", "blockwise")
     load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).num_parameters()"
-    them, us = "from transformers import AutoModelForCausalLM", "import mllm_compress"
-    runs = {}
+    them, us, runs = "from transformers import AutoModelForCausalLM", "import mllm_compress", {}
     for name, lines in {"without": [them], "before": [us, them], "after": [them, us]}.items():
         code = "; ".join([*lines, f"print({load})"])
         runs[name] = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -192,8 +193,7 @@ def test_sharded_checkpoints(kind, tmp_path):
     model, plan = pruned("phi-4x1", kind)
     save_pruned(model, plan, tmp_path / "out", max_shard_size="20KB")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 2
-    assert same(model, load_pruned(tmp_path / "out")[0])
+    assert len(shards) > 2 and same(model, load_pruned(tmp_path / "out")[0])
     first, second = shards[0].read_bytes(), shards[1].read_bytes()
     shards[0].write_bytes(second), shards[1].write_bytes(first)
     swapped = f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"
@@ -277,8 +277,7 @@ def test_adapters_must_be_merged(tmp_path):
 @pytest.mark.parametrize("kind", ["none", "blockwise"])
 def test_dtype_is_kept_or_changed_on_request(kind, tmp_path):
     model, folder = saved(tmp_path, "phi-4x1", kind, torch.bfloat16)
-    again = load_pruned(folder)[0]
-    wide = load_pruned(folder, dtype=torch.float32)[0]
+    again, wide = (load_pruned(folder, dtype=dtype)[0] for dtype in (None, torch.float32))
     dtypes = lambda m: {p.dtype for p in m.parameters()}
     assert dtypes(again) == {torch.bfloat16} and dtypes(wide) == {torch.float32}
     pairs = zip(again.state_dict().values(), model.state_dict().values())

@@ -49,8 +49,9 @@ def test_flops_of_a_blockwise_pruned_decoder(tiny_lm, family):
     assert operations_of(pruned, step) == arithmetic.decoder_flops(shape, 1, cached=7, batch=2)
 
 
-def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
-    model, _ = tiny_llava
+@pytest.mark.parametrize("window", [None, 4])
+def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava, window):
+    model = cases.build("mistral", torch.float32, sliding_window=4) if window else tiny_llava[0]
     pruned = apply_plan(model, plan_widthwise(model, random_scores(model), ratio=0.3))
     inputs = example_inputs(pruned, text_tokens=5)
     with torch.no_grad():

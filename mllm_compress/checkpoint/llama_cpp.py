@@ -51,18 +51,14 @@ def rotary_channels(parts: Anatomy) -> int:
     return int(parts.head_dim * share)
 
 
-def all_heads(parts: Anatomy) -> int:
-    "Key/value heads with which heads times head width is the hidden size."
-    return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
-
-
 def widened(model, square: bool = False, alike: bool = True, block: int = 1) -> PreTrainedModel:
     "The model with one width for all layers; `square`: with as many heads as fill the hidden size."
     parts = anatomy(model)
     widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in parts.widths]
     if alike:
         heads, neurons = map(max, zip(*widths))
-        widths = [(all_heads(parts) if square else heads, neurons)] * len(widths)
+        full = parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
+        widths = [(full if square else heads, neurons)] * len(widths)
     return fill_up(model, widths)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-018

@@ -63,7 +63,7 @@ def _cost_without_weights(request: CostRequest) -> dict:
     config = named or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     frame = mc.cost.report.cost_by_ratio(config, ratio)
     title = f"{model}, bfloat16, one picture and 64 words"
-    text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
+    text = frame.set_index("pruning").T.to_string(float_format="{:,.5g}".format)
     facts = {"model": model, "ratio": ratio, "rows": cli.table_rows(frame)}
     return cli.emit(f"{title}\n{text}", facts)
 

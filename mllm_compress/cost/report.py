@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..anatomy.families import lm_parameters, part_parameters
+from ..anatomy.families import anatomy, lm_parameters, part_parameters
 from . import arithmetic, timing
 from .memory import FORMS, peak_memory, pruned_on_meta
 from ..data.batches import Renderer, begun
@@ -91,7 +91,7 @@ def cost_report(
 ) -> CostReport:
     "Parameters, operations, bytes and, on request, seconds of a model."
     on_meta, shape = model.device.type == "meta", arithmetic.shape_of_model(model)
-    text_tokens = prompt_tokens(processor) if processor else text_tokens
+    parts, text_tokens = anatomy(model), prompt_tokens(processor) if processor else text_tokens
     inputs = arithmetic.example_inputs(model, text_tokens, images, batch)
     prompt, rows = inputs["input_ids"].shape[1], []
 
@@ -107,9 +107,12 @@ def cost_report(
     flops = arithmetic.decoder_flops(shape, prompt, batch=batch)
     add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
     add("decode operations", {"total": arithmetic.decoder_flops(shape, 1, prompt, batch)})
-    cache = sum(shape.cached) * model.dtype.itemsize  # keys and values
-    add("KV cache per token", {"total": cache}, "byte")
-    add("KV cache of prompt", {"total": cache * prompt * batch}, "byte")
+    cache = [numbers * model.dtype.itemsize for numbers in shape.cached]  # keys and values
+    add("KV cache per token", {"total": sum(cache)}, "byte")
+    window = getattr(parts.text_config, "sliding_window", None) or prompt + 1
+    kept = (window - 1 if "sliding" in kind else prompt for kind in parts.layer_types)  # tokens
+    cache = sum(size * min(tokens, prompt) for size, tokens in zip(cache, kept))
+    add("KV cache of prompt", {"total": cache * batch}, "byte")
     add("weights", {"total": arithmetic.weight_bytes(model)}, "byte", "measured")
     if on_meta if memory is None else memory:
         peak = peak_memory(lambda: arithmetic.forward(model, inputs), model.device)

@@ -86,9 +86,6 @@ def sync_modules(
                 module.layer_idx = i
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-016
-PER_LAYER = ("layer_types", "no_rope_layers")
-
-
 def layer_overrides(config) -> list:
     "The entries of a config that differ between its layers (Gemma 4), for every layer."
     names = getattr(config, "per_layer_attributes", None) or ()
@@ -108,7 +105,7 @@ def sync_config(
     if reading := getattr(config, "num_kv_shared_layers", 0):  # the last ones
         config.num_kv_shared_layers = sum(i >= before - reading for i in kept)
         parts.decoder.first_kv_shared_layer_idx = len(kept) - config.num_kv_shared_layers
-    for name in PER_LAYER:
+    for name in ("layer_types", "no_rope_layers"):
         if values := getattr(config, name, None):
             setattr(config, name, [values[i] for i in kept])
     if dense := getattr(config, "first_k_dense_replace", None):  # the first have no experts
@@ -162,7 +159,10 @@ def cut(
     for slot in parts.tables if plan.removed_layers else ():
         slice_module(slot.module, slot.index(plan.layers), slot.axis)
     parts.decoder.layers = nn.ModuleList(parts.layers[i] for i in plan.layers)
-    sync_modules(parts, sync_config(parts, plan.layers))
+    sync_modules(parts, uniform := sync_config(parts, plan.layers))
+    vars(model).pop("save_pretrained", None)  # of an earlier cut
+    if not uniform:
+        model.save_pretrained = partial(refuse_saving, "Its layers differ in width.")
     if "num_experts" in vars(model):  # for the loss that balances them
         model.num_experts = max(parts.units("experts", i) for i in range(parts.num_layers))
     return model
@@ -170,10 +170,8 @@ def cut(
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-024
 def refuse_saving(reason: str, *args, **kwargs) -> None:
     "What `save_pretrained` of a pruned model does whose config cannot describe it."
-    raise ValueError(
-        f"{reason} Save it with mllm_compress.save_pruned(model, plan, folder, processor), which "
-        "writes a class that from_pretrained loads."
-    )
+    how = "Save it with mllm_compress.save_pruned(model, plan, folder, processor)."
+    raise ValueError(f"{reason} {how}")
 
 
 def apply_plan(
@@ -190,8 +188,7 @@ def apply_plan(
         for slot in [*parts.linears(i), *parts.routed(i)]:
             if i in getattr(plan, f"{slot.kind}s"):
                 shared += [p for p in slot.module.parameters() if p.ndim > slot.axis]
-    if share_vision and parts.vision_tower:
-        shared.append(parts.vision_tower)
+    shared += [parts.vision_tower] if share_vision and parts.vision_tower else []
     small = cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
     vars(small).pop(SOURCE, None)  # the files hold the weights of the original
     try:
@@ -206,10 +203,9 @@ def check_describes(model: PreTrainedModel, plan: PruningPlan) -> None:
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model carries LoRA adapters: call merge_and_unload() first.")
     widths, planned = anatomy(model).widths, list(plan.counts().values())
-    if widths == planned:
+    unequal = (i for i, (a, b) in enumerate(itertools.zip_longest(widths, planned)) if a != b)
+    if (i := next(unequal, None)) is None:
         return
-    unequal = (i for i, (a, b) in enumerate(zip(widths, planned)) if a != b)
-    i = next(unequal, min(len(widths), len(planned)))
     raise ValueError(
         "the plan does not describe this model: "
         f"planned {len(planned)} layers, found {len(widths)}; {', '.join(UNITS)} from layer {i} on "
