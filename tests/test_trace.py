@@ -58,7 +58,7 @@ def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
         assert abs(its.achieved.mean() - float(str(removed).split()[0])) < 6e-4
 
 
-@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 15), ("unseen", [3, 3], 15)])
+@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 17), ("unseen", [3, 3], 17)])
 def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     folder = ROOT / "figures" / profile
     lines = pd.read_csv(folder / "experiments.csv.xz")
@@ -71,6 +71,8 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
         "gauss_newton stream 2 logits_kd": "ours, two rounds, trained on logits_kd",
         "block_influence stream 1 none": "layers + refit",
         "taylor stream 1 none": "paper's ranking + refit",
+        "block_influence refit 1 none": "layers as `prune` has them, untrained",
+        "gauss_newton refit 1 none": "ours as `prune` has it, untrained",
         "gauss_newton stream 1 none": "ours, untrained",
         "gauss_newton stream 2 none": "ours, two rounds",
         "gauss_newton stream 1 sft+hidden_kd": "ours, paper's objective",
@@ -88,8 +90,10 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     for way in ("ours, paper's objective", "ours, trained on logits_kd"):
         judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
     twice, paper, every = "ours, two rounds", "paper, trained", ~known | known
-    judged |= {"untrained": (mine, paper, every, [3, 3])}  # seeds
-    judged |= {f"{mine} − {layers}": (mine, layers, every, draws)}
+    judged["untrained"] = mine, paper, every, [3, 3]  # seeds
+    judged[f"{mine} − {layers}"] = mine, layers, every, draws
+    own, theirs = (fields[f"{score} refit 1 none"] for score in ("gauss_newton", "block_influence"))
+    judged |= {f"{own} − {rival}": (own, rival, every, [3]) for rival in (theirs, paper)}
     judged |= {f"{twice} − {paper}": (twice, paper, every, [3])}
     assert len(judged := {n: how for n, how in judged.items() if n in verdicts}) == count
     for name, (first, rival, rows, seeds) in judged.items():
