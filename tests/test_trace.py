@@ -33,8 +33,8 @@ def scores_of(notebook: Path) -> pd.DataFrame:  # columns KEYS, avg, achieved, a
     dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
     whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
     frame = frame.assign(avg=100 * frame.score / np.where(whole > 0, whole, np.nan))
-    mean = dict(avg=("avg", "mean"), achieved=("achieved_ratio", "mean"))
-    means = frame.groupby(KEYS, as_index=False).agg(**mean)
+    means = frame.rename(columns={"achieved_ratio": "achieved"})
+    means = means.groupby(KEYS, as_index=False)[["avg", "achieved"]].mean()
     return means.merge(frame.pivot_table("score", KEYS, "benchmark").reset_index(), on=KEYS)
 
 
@@ -45,8 +45,7 @@ PRUNED = [folder for folder in FOLDERS if (folder / "02_pruning.ipynb").exists()
 def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
     table = pd.read_csv(folder / "02_pruning-scores.csv")
     rows = scores_of(folder / "02_pruning.ipynb")
-    names = [c for c in table if c in rows and c not in KEYS and c != "achieved"]
-    assert names
+    assert (names := [c for c in table if c in rows and c not in [*KEYS, "achieved"]])
     for row in table.to_dict("records"):
         pruning = row["pruning"].replace("original", "none")
         its = rows[(rows.model == row["model"]) & np.isclose(rows.ratio, row["requested"])]
@@ -90,8 +89,8 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     for way in ("ours, paper's objective", "ours, trained on logits_kd"):
         judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
     twice, paper, every = "ours, two rounds", "paper, trained", ~known | known
-    judged["untrained"] = mine, paper, every, [3, 3]  # seeds
-    judged[f"{mine} − {layers}"] = mine, layers, every, draws
+    judged |= {"untrained": (mine, paper, every, [3, 3])}  # seeds
+    judged |= {f"{mine} − {layers}": (mine, layers, every, draws)}
     own, theirs = (fields[f"{score} refit 1 none"] for score in ("gauss_newton", "block_influence"))
     judged |= {f"{own} − {rival}": (own, rival, every, [3]) for rival in (theirs, paper)}
     judged |= {f"{twice} − {paper}": (twice, paper, every, [3])}
@@ -118,11 +117,11 @@ def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed 
             own = own[own[column] == value]
         return own.set_index("seed").avg
 
-    ours = best["recovery"]
     if number == 1:
         first, second = (kept(pruning=p, recovery="none") for p in ("widthwise", "layerwise"))
     elif number == 3:
-        first, second = (kept(pruning=advised, **best | {"recovery": r}) for r in (ours, rival))
+        losses = best["recovery"], rival
+        first, second = (kept(pruning=advised, **best | {"recovery": r}) for r in losses)
     elif number == 4:
         first, second = kept(pruning=advised, **best), 95.0
     elif number == 5:
@@ -170,8 +169,7 @@ def recount(effects: dict, part: dict, margin: float | None) -> None:
     setting = np.repeat(range(len(effects)), [len(e) for e in effects.values()])
     how = dict(cov_type="cluster", cov_kwds={"groups": cluster, "use_correction": False})
     fit = sm.OLS(long.y.to_numpy(), pd.get_dummies(setting).to_numpy(float)).fit(**how)
-    weights = np.full(len(effects), 1 / len(effects))
-    error = np.sqrt(weights @ fit.cov_params() @ weights)
+    error = np.sqrt(fit.cov_params().mean(axis=None))  # of the mean of all settings
     low, high = (part["average"][end] for end in ("low", "high"))
     # questions add to the seeds, and few seeds widen the interval
     assert 1.5 * error < (high - low) / 2
