@@ -221,7 +221,7 @@ def quantize(
     with torch.device("meta"):
         unpacked = type(model)(type(model.config).from_dict(values))
         unpacked = formats.shrink(unpacked, plan) if kind == "pruned" else unpacked
-    write = lambda new, variant: type(model).save_pretrained(model, new, variant=variant)
+    write = lambda new, variant: model.save_pretrained(new, variant=variant)
     step = formats.make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
     options = dict(overwrite=overwrite, provenance=[*formats.history(folder), step])
     options |= dict(card=manifest.get("card"))

@@ -24,7 +24,7 @@ from .. import __version__
 from ..anatomy.families import UNITS, anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
-from ..pruning.slicing import cut
+from ..pruning.slicing import cut, uneven
 from ..utils.files import sha256
 from ..zoo.weight_files import read_json
 
@@ -186,8 +186,7 @@ def fit_class(
 
 def stock_class(model: PreTrainedModel) -> PreTrainedModel:  # ValueError where no class fits
     "The model in a class that plain `from_pretrained` loads."
-    differ = any(len(set(counts) - {0}) > 1 for counts in zip(*anatomy(model).widths))
-    if differ and not anatomy(model).family.tables:  # where they do so by themselves
+    if uneven(anatomy(model)):
         raise ValueError("its layers differ in width")
     return fit_class(model, (model.config, equivalent_config(model.config)))
 

@@ -74,7 +74,7 @@ def prune_files(
     saved, kind = choose_format(small, stored)
 
     def write(new, variant):
-        type(saved).save_pretrained(saved, new, state_dict={}, variant=variant)
+        saved.save_pretrained(new, state_dict={}, variant=variant)
         for empty in new.glob("*.safetensors"):
             empty.unlink()
         write_weights(new, saved, weights.tensor, variant, max_shard_size)

@@ -288,8 +288,8 @@ def save_pruned(
     check_describes(model, plan)
     check_finite(model.named_parameters())
     saved, kind = formats.choose_format(model, plan)
-    write = lambda new, variant: type(saved).save_pretrained(
-        saved, new, max_shard_size=max_shard_size, variant=variant
+    write = lambda new, variant: saved.save_pretrained(
+        new, max_shard_size=max_shard_size, variant=variant
     )
     return write_checkpoint(folder, write, saved, plan, kind, processor, **options)
 

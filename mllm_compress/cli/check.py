@@ -95,8 +95,7 @@ def need_near(a: torch.Tensor, b: torch.Tensor, dtype, what: str, times: float =
 # %% ../../nbs/library/cli/08_check.ipynb #cell-014
 def parts_add_up(case: Case) -> str:
     "Vision tower, projector and decoder hold every parameter."
-    counts = mc.anatomy.part_parameters(case.model)
-    return ", ".join(f"{part} {n:,}" for part, n in counts.items())
+    return ", ".join(f"{k} {n:,}" for k, n in mc.anatomy.part_parameters(case.model).items())
 
 
 def closed_form(case: Case) -> str:

@@ -433,7 +433,7 @@ def prune(request: PruneRequest) -> dict:
     records |= dict(overwrite=request.overwrite, further=further)
     mc.checkpoint.saving.save_or_rescue(lambda to: write(folder=to, **records), out)
     lines = [facts.get("recipe"), str(total), refit, f"written to {out}"]
-    if "search" in plan.meta:
+    if "search" in plan.meta and not request.plan:
         request.search_file.unlink(missing_ok=True)
         facts["search"] = plan.meta["search"]
         front = cli.table_text(pd.DataFrame(facts["search"]["front"]), ".3g")

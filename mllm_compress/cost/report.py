@@ -90,8 +90,8 @@ def cost_report(
     warmup: int = 2,
 ) -> CostReport:
     "Parameters, operations, bytes and, on request, seconds of a model."
-    on_meta, shape = model.device.type == "meta", arithmetic.shape_of_model(model)
-    parts, text_tokens = anatomy(model), prompt_tokens(processor) if processor else text_tokens
+    shape, parts = arithmetic.shape_of_model(model), anatomy(model)
+    text_tokens = prompt_tokens(processor) if processor else text_tokens
     inputs = arithmetic.example_inputs(model, text_tokens, images, batch)
     prompt, rows = inputs["input_ids"].shape[1], []
 
@@ -107,14 +107,13 @@ def cost_report(
     flops = arithmetic.decoder_flops(shape, prompt, batch=batch)
     add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
     add("decode operations", {"total": arithmetic.decoder_flops(shape, 1, prompt, batch)})
-    cache = [numbers * model.dtype.itemsize for numbers in shape.cached]  # keys and values
-    add("KV cache per token", {"total": sum(cache)}, "byte")
+    add("KV cache per token", {"total": sum(shape.cached) * model.dtype.itemsize}, "byte")
     window = getattr(parts.text_config, "sliding_window", None) or prompt + 1
     kept = (window - 1 if "sliding" in kind else prompt for kind in parts.layer_types)  # tokens
-    cache = sum(size * min(tokens, prompt) for size, tokens in zip(cache, kept))
-    add("KV cache of prompt", {"total": cache * batch}, "byte")
+    held = sum(numbers * min(tokens, prompt) for numbers, tokens in zip(shape.cached, kept))
+    add("KV cache of prompt", {"total": held * model.dtype.itemsize * batch}, "byte")
     add("weights", {"total": arithmetic.weight_bytes(model)}, "byte", "measured")
-    if on_meta if memory is None else memory:
+    if model.device.type == "meta" if memory is None else memory:
         peak = peak_memory(lambda: arithmetic.forward(model, inputs), model.device)
         add("peak beyond weights", {"prefill": peak}, "byte", "measured")
     if latency:

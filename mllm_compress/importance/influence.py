@@ -129,11 +129,6 @@ def block_influence(
     total = sum_changes(model, batches, cosine_change, weights)
     return LayerScores(total / meta["samples"], "block_influence", meta)
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-048
-def angular_change(x, y):
-    "The angle over π (Gromov et al. 2024, eq. 6)."
-    return torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
-
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-052
 def angular_distance(
     model,
@@ -151,6 +146,7 @@ def angular_distance(
     if tokens == "last":
         last = lambda w: (w > 0).float().cumsum(1).argmax(1)  # the first place with the full count
         weights = [torch.nn.functional.one_hot(last(w), w.shape[1]).float() for w in weights]
-    total = sum_changes(model, batches, angular_change, weights, n)
+    angle = lambda x, y: torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
+    total = sum_changes(model, batches, angle, weights, n)
     meta = _meta(model, batches, n=n, tokens=tokens)
     return LayerScores(total / meta["samples"], "angular_distance", meta)

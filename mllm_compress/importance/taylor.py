@@ -247,12 +247,6 @@ def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a lis
         yield trails
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
-def shared_leaves(trail) -> dict:  # kind of layer -> [keys, values]
-    "What late layers read of an earlier one (Gemma 4), to collect its gradients in."
-    states = trail.passage.calls[0].get("shared_kv_states") or {}
-    return {kind: [t.detach().requires_grad_() for t in pair] for kind, pair in states.items()}
-
-
 def through_layers(
     parts: Anatomy,
     trails: list,  # the `delta` of each moves from the end of the last layer to the first
@@ -263,7 +257,9 @@ def through_layers(
 ) -> None:
     "Lead the gradients of all batches back through one layer, then through the one before."
     with frozen(parts.model):
-        reads = [shared_leaves(trail) for trail in trails]
+        leaves = lambda pair: [t.detach().requires_grad_() for t in pair]  # to collect gradients in
+        reads = [t.passage.calls[0].get("shared_kv_states") or {} for t in trails]  # Gemma 4
+        reads = [{kind: leaves(pair) for kind, pair in states.items()} for states in reads]
         steps = parts.num_layers  # a run that shares keys is not resumed: their gradients are lost
         for step in range(steps) if parts.shares_keys else batches_left(steps, totals):
             i = parts.num_layers - 1 - step

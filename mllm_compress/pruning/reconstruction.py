@@ -61,16 +61,21 @@ class Moments:
 
     def add(self, x, r, target, w) -> None:
         "Add tokens: x [tokens, channels], r [tokens, hidden], |target|² and w [tokens]."
-        x, r = x * w[:, None], r * w[:, None]  # rows times their weight
-        sums = {"gram": gram_of(x), "cross": x.T @ r, "inputs": w @ x, "residuals": w @ r}
-        for name, total in sums.items():
+        number = lambda values: values.sum(dtype=torch.float64).item()
+        x, r, weight = x * w[:, None], r * w[:, None], number(w.square())  # rows times their weight
+        m, n = ((w @ rows).div_(max(weight, 1e-30)) for rows in (x, r))  # their means, a large part
+        x, r = x.addr_(w, m, alpha=-1), r.addr_(w, n, alpha=-1)  # in float32, without it
+        a, b, m, n = (v.double() for v in (w @ x, w @ r, m, n))
+        sums = {"inputs": a + weight * m, "residuals": b + weight * n}
+        self.square += number(r.square()) + (n @ (b + sums["residuals"])).item()
+        for name, total in ({"gram": gram_of(x), "cross": x.T @ r} | sums).items():
             before = getattr(self, name)
             total = before.add_(total) if torch.is_tensor(before) else total.double()
             setattr(self, name, total)
-        number = lambda values: values.sum(dtype=torch.float64).item()
-        self.square += number(r.square())
+        self.gram.addr_(m, sums["inputs"]).addr_(a, m)
+        self.cross.addr_(m, sums["residuals"]).addr_(a, n)
         self.scale += number(w.square() * target)
-        self.weight += number(w.square())
+        self.weight += weight
         self.tokens += len(x)
 
     def __add__(self, other):

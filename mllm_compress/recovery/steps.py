@@ -255,14 +255,12 @@ class Teacher:
     def __call__(self, batch: dict, index: list) -> tuple:  # features or None, teacher's tensors
         "Features and tensors for a batch and the numbers of its samples."
         device, student, outputs = batch["input_ids"].device, self.student, self.outputs
-        if outputs is not None:
-            features = outputs.batch_features(index)
-        else:
-            features = shared_features(self.tower, batch)
+        known = outputs is not None
+        features = outputs.batch_features(index) if known else shared_features(self.tower, batch)
         features = features.to(device) if torch.is_tensor(features) else features
         if self.parts is None:
             return features, {}
-        if outputs is not None and outputs.states:
+        if known and outputs.states:
             states = {name: s.to(device) for name, s in outputs.batch_states(index).items()}
         else:
             states = student.states(self.parts, batch, features, 1)
