@@ -91,10 +91,9 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
         judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
     twice, paper, every = "ours, two rounds", "paper, trained", ~known | known
     judged |= {"untrained": (mine, paper, every, [3, 3])}  # seeds
-    judged[f"{mine} − {layers}"] = mine, layers, every, draws
     own, theirs = (fields[f"{score} refit 1 none"] for score in ("gauss_newton", "block_influence"))
-    judged |= {f"{own} − {rival}": (own, rival, every, [3, 3]) for rival in (theirs, paper)}
-    judged |= {f"{twice} − {paper}": (twice, paper, every, [3])}
+    pairs = (own, theirs, [3, 3]), (own, paper, [3, 3]), (twice, paper, [3]), (mine, layers, draws)
+    judged |= {f"{a} − {b}": (a, b, every, seeds) for a, b, seeds in pairs}
     assert len(judged := {n: how for n, how in judged.items() if n in verdicts}) == count
     for name, (first, rival, rows, seeds) in judged.items():
         avg = avg_of(lines[rows])
