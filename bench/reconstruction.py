@@ -2,8 +2,8 @@
 
 Two tables. Quality: AVG-% of the shipped models after pruning, for score x allocation x
 reconstruction, with nothing trained; calibration is a draw of images with all of their questions.
-Cost: `reconstruct` against the straightforward form in the same run, which keeps the activations
-of all layers of both models and calls numpy's least squares.
+Cost: the fits of output projections against the straightforward form in the same run, which keeps
+the activations of all layers of both models and calls numpy's least squares.
 
 A third table, with `--only smollm2`: a pretrained language model, SmolLM2-135M, perplexity on
 three texts of which the last is of a domain that calibration does not have.
@@ -176,7 +176,7 @@ def cost_row(name: str, images: int, ratio: float) -> dict:
     plan = plan_global(model, gauss_newton(model, batches), ratio)
     small, values, results = apply_plan(model, plan), {}, []
     forms = {
-        "ours": lambda: reconstruct(small, model, batches, plan, ridge=0.1),
+        "ours": lambda: reconstruct(small, model, batches, plan, 0.1, norm=False, inputs=False),
         "rival": lambda: straightforward(small, model, batches, plan, 0.1),
     }
     for form, call in forms.items():
