@@ -38,7 +38,7 @@ def test_readme_is_the_index_notebook_and_shows_what_it_shows():
     texts = ["".join(c["source"]) for c in CELLS if c["cell_type"] == "markdown"]
     outputs = [o.get("data", {}) for c in CELLS for o in c.get("outputs", [])]
     shown = ["".join(data["text/markdown"]) for data in outputs if "text/markdown" in data]
-    assert len(shown) == 11
+    assert len(shown) == 10
     for text in texts + shown:
         for line in text.replace("](../", "](").replace("../figures", "figures").splitlines():
             assert line in README, line
@@ -66,7 +66,7 @@ def test_the_tables_and_sentences_follow_from_the_committed_files(monkeypatch):
         (output,) = cell["outputs"]
         assert value.data == "".join(output["data"]["text/markdown"])
         compared += 1
-    assert compared == 8
+    assert compared == 7
 
 
 # Its commands
