@@ -1,16 +1,21 @@
-"""Quality against measured seconds and bytes: budgets, whole layers, uniform widths, the paper.
+"""Quality against measured seconds and bytes: one ranking, searched plans, whole layers, the paper.
 
-SmolLM2-135M in bfloat16 is pruned to several sizes five ways, none of them trained: *ours* by a
-budget of seconds and by one of bytes, *layerwise* and *uniform* at ratios, all refitted, and the
-*paper's* widthwise recipe, which has no refit because the paper trains instead. Quality is the
-perplexity of held-out text. Cost is measured: seconds per decoded token of one stream on one
-thread, in transformers and (float16, GGUF) in llama.cpp where node-llama-cpp is, and bytes of the
-LM decoder. At batch 1 every weight is read once per token, so decoding is bound by memory.
+SmolLM2-135M in bfloat16 is pruned to several sizes six ways, none of them trained: *ours*, one
+ranking by a budget of bytes; *searched* plans of the same bytes, and of the seconds that the whole
+layers of that size leave, by a table of unit costs measured here; *layerwise* and *uniform* at
+ratios, all refitted; and the *paper's* widthwise recipe, which has no refit because the paper
+trains instead. Quality is the perplexity of held-out text of the calibration's kinds, and of a
+*foreign* one, a manual. Cost is measured: seconds per decoded token of one stream on one thread,
+in transformers and (float16, GGUF) in llama.cpp where node-llama-cpp is, and bytes of the LM
+decoder. At batch 1 every weight is read once per token, so decoding is bound by memory.
 
-Other programs run on the machine: what counts is the time of the processor, models in turn, the
-median of all rounds. Every seed draws its own calibration windows.
+The processor's time is what counts, models in turn, the median of all rounds. Every seed draws its
+own calibration windows.
 
-    python bench/budgets.py [--quick] [--seeds 0] [--windows 64] [--rounds 5]
+    python bench/budgets.py [--quick] [--seeds 0] [--windows 64] [--minutes 5] [--work FOLDER]
+
+With --work, scores, searches and pruned models are kept there: a run that was cut off continues,
+and a second run only measures.
 
 It needs the package of SmolLM2 and the texts of profile smol (`make study PROFILE=smol`).
 """
@@ -35,23 +40,25 @@ from llama_cpp import engine_folder, run_engine  # noqa: E402
 from mllm_compress.anatomy.families import anatomy  # noqa: E402
 from mllm_compress.anatomy.wrappers import CACHE_ARGUMENT  # noqa: E402
 from mllm_compress.checkpoint.llama_cpp import write_gguf  # noqa: E402
+from mllm_compress.checkpoint.loading import load_pruned  # noqa: E402
+from mllm_compress.checkpoint.saving import save_pruned  # noqa: E402
 from mllm_compress.cost.arithmetic import forward  # noqa: E402
 from mllm_compress.cost.timing import unit_seconds  # noqa: E402
 from mllm_compress.importance.criteria import measure  # noqa: E402
-from mllm_compress.pruning.allocation import COUNTED  # noqa: E402
+from mllm_compress.importance.scores import load_scores  # noqa: E402
+from mllm_compress.pruning.allocation import COUNTED, load_costs  # noqa: E402
 from mllm_compress.pruning.one_step import prune  # noqa: E402
-from mllm_compress.pruning.plans import plan_widthwise  # noqa: E402
+from mllm_compress.pruning.plans import plan_layerwise, plan_none  # noqa: E402
 from mllm_compress.pruning.pruning_plan import make_plan  # noqa: E402
-from mllm_compress.pruning.reconstruction import reconstruct  # noqa: E402
-from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
 from mllm_compress.study.style import label_ends, line, look, page  # noqa: E402
-from mllm_compress.utils.methods import DASHED, GREEN, PINK, Look  # noqa: E402
+from mllm_compress.utils.methods import DASHED, GREEN, INDIGO, PINK, Look  # noqa: E402
 
 OUT = ROOT / "figures" / "bench"
 SHARES = (0.85, 0.7, 0.55)  # of the dense model's cost that stay; 1 - share is the ratio
 LOOKS = {
-    "ours, seconds": Look("ours, seconds", GREEN, "o"),
-    "ours, bytes": Look("ours, bytes", GREEN, "D", DASHED),
+    "ours, bytes": Look("ours, bytes", GREEN, "D"),
+    "searched, bytes": Look("searched, bytes", INDIGO, "D", DASHED),
+    "searched, seconds": Look("searched, seconds", INDIGO, "o"),
     "layerwise": look("layerwise"),
     "uniform": look("uniform"),
     "paper": Look("paper, widthwise", PINK, "X"),
@@ -59,32 +66,27 @@ LOOKS = {
 CONTEXT = 64  # tokens in the cache
 
 
-def scores_of(model, batches: list) -> dict:
-    "The three scorings that the ways share."
-    kinds = {"gauss_newton": "widthwise", "taylor": "widthwise", "block_influence": "layerwise"}
-    return {name: measure(kind, name, model, batches) for name, kind in kinds.items()}
+def kept(path: Path, load, make, save=lambda value, path: value.save(path)):
+    "What an earlier run has left at a path, or what is made and saved there."
+    if not path.exists():
+        save(make(), path)
+    return load(path)
 
 
-def by_seconds(model, batches, scores, share, costs):
-    "Pruned to a share of the seconds, by the one ranking of units and layers."
-    budget = dict(budget={"latency": share}, costs=costs)
-    plan = plan_widthwise(model, scores, allocation="global", **budget)
-    small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
-    return small, plan
-
-
-def pruned(model, batches, scores: dict, way: str, share: float, costs):
+def pruned(model, batches, scores: dict, way: str, share: float, costs, search: dict):
     "A model and its plan."
     units, paper, layers = (scores[k] for k in ("gauss_newton", "taylor", "block_influence"))
-    if way == "ours, seconds":
-        return by_seconds(model, batches, units, share, costs)
+    by_layers = costs.total(plan_layerwise(model, layers, ratio=1 - share))
+    seconds = dict(budget={"latency": by_layers / costs.total(plan_none(model))}, costs=costs)
     given, options = {
         "ours, bytes": (units, dict(budget={"bytes": share}, reconstruct=True)),
+        "searched, bytes": ([layers, units], dict(budget={"bytes": share}, search=search)),
+        "searched, seconds": ([layers, units], dict(seconds, search=search)),
         "layerwise": (layers, dict(ratio=1 - share, reconstruct=True)),
         "uniform": (units, dict(ratio=1 - share, shape="uniform", reconstruct=True)),
         "paper": (paper, dict(ratio=1 - share, shape="blockwise")),
     }[way]
-    return prune(model, batches, scores=given, **options)
+    return prune(model, batches, scores=given, **dict(reconstruct="search" in options) | options)
 
 
 def described(model) -> dict:
@@ -139,13 +141,13 @@ def quartiles(name: str, times: list) -> dict:
 
 def beside_dense(rows: list) -> list:
     "Cost and perplexity over those of the dense model, the first row."
-    names = ("perplexity", "bytes", "kv", "seconds", "llama_cpp_seconds")
+    names = ("perplexity", "foreign", "bytes", "kv", "seconds", "llama_cpp_seconds")
     for row in rows:
         row |= {f"{k}_over_dense": row[k] / rows[0][k] for k in names if k in row}
     return rows
 
 
-def group_rows(models: dict, plans: dict, perplexity, rounds: int) -> list:
+def group_rows(models: dict, plans: dict, quality, rounds: int) -> list:
     "A row per model; those of one size are timed in turn, the dense one with them."
     with tempfile.TemporaryDirectory() as place:
         clocks = {
@@ -154,26 +156,39 @@ def group_rows(models: dict, plans: dict, perplexity, rounds: int) -> list:
         }
     rows = []
     for k, (way, model) in enumerate(models.items()):
-        achieved = plans[way].achieved_ratio if way in plans else 0.0
-        row = dict(way=way, achieved_ratio=achieved, perplexity=perplexity(model))
-        row |= described(model)
+        row = dict(way=way, achieved_ratio=0.0) | quality(model) | described(model)
+        if way in plans:
+            row["achieved_ratio"] = plans[way].achieved_ratio
+            row["seen"] = plans[way].meta.get("search", {}).get("seen")  # plans of a search
         for name, times in clocks.items():
             row |= quartiles(name, times[k])
         rows.append(row)
     return beside_dense(rows)
 
 
-def groups(seed: int, shares, windows: int):  # of (share, name -> model, name -> plan)
+def groups(seed: int, shares, args, work: Path):  # of (share, name -> model, name -> plan)
     "The models of every size, for one draw of calibration windows."
     model, tokenizer = text.load()
     model = model.to(torch.bfloat16)
-    batches = text.calibration(tokenizer, seed, windows)
-    ids = torch.full((1, CONTEXT), 5)
-    costs, scores = unit_seconds(model, {"input_ids": ids}), scores_of(model, batches)
+    batches = text.calibration(tokenizer, seed, args.windows)
+    stem, table = work / f"{args.windows}-{seed}", lambda: unit_seconds(model, prompt)
+    prompt = {"input_ids": torch.full((1, CONTEXT), 5)}
+    costs = kept(work / "seconds.json", load_costs, table)
+    kinds = {"gauss_newton": "widthwise", "taylor": "widthwise", "block_influence": "layerwise"}
+    score = lambda name: lambda: measure(kinds[name], name, model, batches)
+    scores = {name: kept(Path(f"{stem}-{name}"), load_scores, score(name)) for name in kinds}
     for share in shares:
-        found = {way: pruned(model, batches, scores, way, share, costs) for way in LOOKS}
-        models = {"dense": model} | {way: small for way, (small, _) in found.items()}
-        yield share, models, {way: plan for way, (_, plan) in found.items()}
+        models, plans = {"dense": model}, {}
+        for way in LOOKS:
+            place = Path(f"{stem}-{share}-{way}".replace(", ", "-"))
+            search = dict(minutes=args.minutes, file=Path(f"{place}.json"))
+            make = partial(pruned, model, batches, scores, way, share, costs, search)
+            load = lambda folder: load_pruned(folder)[::2]
+            models[way], plans[way] = kept(
+                place, load, make, lambda found, f: save_pruned(*found, f)
+            )
+            print(f"seed {seed}, {share:.0%}: {way}", flush=True)
+        yield share, models, plans
 
 
 AXES = {
@@ -215,7 +230,7 @@ def caption(frame: pd.DataFrame) -> str:
         f"{frame.seed.nunique()} draw(s) of {first.windows} calibration windows. Decode: one "
         f"stream, {first.threads} thread(s), {CONTEXT} tokens in the cache, {first['dtype']} in "
         f"transformers {first.transformers} and f16 in {first.engine}; processor time, models in "
-        f"turn, medians of {first.rounds} rounds, while other programs ran. {first.device}.\n"
+        f"turn, medians of {first.rounds} rounds. {first.device}.\n"
     )
 
 
@@ -227,6 +242,8 @@ def main():
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--tests", type=int, default=64, help="windows of held-out text")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5, help="of each search")
+    parser.add_argument("--work", type=Path, help="keeps what takes long")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if missing := text.missing():
@@ -235,23 +252,40 @@ def main():
     torch.set_num_threads(1)
     shares, tests, rounds = args.shares, args.tests, args.rounds
     if args.quick:
-        shares, tests, rounds = shares[1:2], 4, 1
+        shares, tests, rounds, args.windows = shares[1:2], 4, 1, 24
     args.out.mkdir(parents=True, exist_ok=True)
     stem, rows = args.out / f"budgets{'-quick' if args.quick else ''}", []
     about = dict(model=text.NAME, dtype="bfloat16", windows=args.windows, windows_tested=tests)
+    about |= dict(minutes=args.minutes)
     about |= dict(rounds=rounds, context=CONTEXT, engine="llama.cpp in node-llama-cpp 3.21.1")
     tokenizer = text.load()[1]
-    perplexity = partial(text.perplexity, tokenizer=tokenizer, data=text.held_out(tokenizer))
+    kinds = {"perplexity": text.TEXTS, "foreign": text.FOREIGN}
+    held_out = {name: text.held_out(tokenizer, texts) for name, texts in kinds.items()}
+    quality = lambda model: {
+        name: text.perplexity(model, tokenizer, data, tests) for name, data in held_out.items()
+    }
+    work = args.work or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        for share, models, plans in groups(seed, shares, args.windows):
-            found = group_rows(models, plans, partial(perplexity, windows=tests), rounds)
+        for share, models, plans in groups(seed, shares, args, work):
+            found = group_rows(models, plans, quality, rounds)
             rows += [row | dict(share=share, seed=seed) for row in found]
             frame = pd.DataFrame(rows).assign(**about, **facts("cpu"))
             frame.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
             print(f"seed {seed}, {share:.0%} of the cost: measured", flush=True)
     draw(frame, stem.with_suffix(".png"))
     stem.with_suffix(".txt").write_text(caption(frame), encoding="utf-8")
-    shown = ["way", "share", "seed", "achieved_ratio", "layers", "perplexity", *AXES]
+    shown = [
+        "way",
+        "share",
+        "seed",
+        "achieved_ratio",
+        "layers",
+        "perplexity",
+        "foreign",
+        "seen",
+        *AXES,
+    ]
     print(frame[[c for c in shown if c in frame]].to_string(float_format="%.3g"))
 
 

@@ -7,11 +7,12 @@ from mllm_compress.study.texts import missing_text, text_data
 from mllm_compress.zoo.weight_files import PACKAGED
 
 NAME, TEXTS, WINDOW = "smollm2-135m", ("glosses", "quotes"), 128
+FOREIGN = ("technical",)  # a manual: no calibration has its kind
 
 
 def missing() -> str:
     "What is not on this machine, empty where nothing is."
-    return PACKAGED[NAME].missing or next(filter(None, map(missing_text, TEXTS)), "")
+    return PACKAGED[NAME].missing or next(filter(None, map(missing_text, TEXTS + FOREIGN)), "")
 
 
 def load() -> tuple:
@@ -19,9 +20,9 @@ def load() -> tuple:
     return zoo.load_model(NAME)
 
 
-def held_out(tokenizer):
+def held_out(tokenizer, texts: tuple = TEXTS):
     "Windows of texts that neither scores nor refits see."
-    return text_data(TEXTS, "test", tokenizer, WINDOW)
+    return text_data(texts, "test", tokenizer, WINDOW)
 
 
 def calibration(tokenizer, seed: int, n: int) -> list:
