@@ -76,6 +76,8 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
         "gauss_newton stream 2 none": "ours, two rounds",
         "gauss_newton stream 1 sft+hidden_kd": "ours, paper's objective",
         "gauss_newton stream 1 logits_kd": "ours, trained on logits_kd",
+        "gauss_newton refit 1 sft+hidden_kd": "ours as `prune` has it, paper's objective",
+        "gauss_newton refit 1 logits_kd": "ours as `prune` has it, trained on logits_kd",
     }
     how = lines[["importance", "reconstruct", "rounds", "recovery"]].astype(str).agg(" ".join, 1)
     how = how.replace("gauss_newton refit 2 none", "gauss_newton refit 1 none")  # as `prune` has it
@@ -87,11 +89,13 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     lines["kind"] = lines.benchmark.where(~known, "texts of the kinds trained on")
     mine, kinds = "ours, untrained", {k: lines.kind == k for k in set(lines.kind)}
     judged = {f"untrained, {k}": (mine, "paper, trained", of, draws) for k, of in kinds.items()}
-    for way in ("ours, paper's objective", "ours, trained on logits_kd"):
-        judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
+    own, theirs = (fields[f"{score} refit 1 none"] for score in ("gauss_newton", "block_influence"))
+    for fit, start in (("stream", mine), ("refit", own)):
+        for loss in ("sft+hidden_kd", "logits_kd"):
+            way = fields[f"gauss_newton {fit} 1 {loss}"]
+            judged |= {f"{way} − {start}, {k}": (way, start, of, [3]) for k, of in kinds.items()}
     twice, paper, every = "ours, two rounds", "paper, trained", ~known | known
     judged |= {"untrained": (mine, paper, every, draws)}
-    own, theirs = (fields[f"{score} refit 1 none"] for score in ("gauss_newton", "block_influence"))
     pairs = (own, theirs, [6, 3]), (own, paper, draws), (twice, paper, [3]), (mine, layers, draws)
     judged |= {f"{a} − {b}": (a, b, every, seeds) for a, b, seeds in pairs}
     assert len(judged := {n: how for n, how in judged.items() if n in verdicts}) == count
