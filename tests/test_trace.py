@@ -1,6 +1,7 @@
 """Every committed number follows from its results, and every committed notebook from its source."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
         assert abs(its.achieved.mean() - float(str(removed).split()[0])) < 6e-4
 
 
-@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 29), ("unseen", [3, 3], 24)])
+@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 31), ("unseen", [3, 3], 24)])
 def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
     folder = ROOT / "figures" / profile
     lines = pd.read_csv(folder / "experiments.csv.xz")
@@ -98,6 +99,8 @@ def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
             judged |= {f"{way} − {start}, {k}": (way, start, of, [3]) for k, of in kinds.items()}
     judged |= {"untrained": (mine, paper, every, draws)}
     pairs = (own, theirs, [6, 3]), (own, paper, draws), (twice, paper, [3]), (mine, layers, draws)
+    both = f"{layers}, trained"
+    pairs += (f"{own.partition(',')[0]}, trained on logits_kd", both, [3]), (own, both, [3, 3])
     judged |= {f"{a} − {b}": (a, b, every, seeds) for a, b, seeds in pairs}
     assert len(judged := {n: how for n, how in judged.items() if n in verdicts}) == count
     for name, (first, rival, rows, seeds) in judged.items():
@@ -184,6 +187,26 @@ def recount(effects: dict, part: dict, margin: float | None) -> None:
         assert part["word"] in ("supported" if low > 0 else "contradicted", "undecided")
     else:
         assert part["word"] == "undecided"
+
+
+ENDS = "value", "low", "high"  # of an effect
+
+
+@pytest.mark.parametrize(
+    "folder", [f for f in FOLDERS if (f / "10_findings-advice.csv").exists()], ids=lambda f: f.name
+)
+def test_the_advice_is_that_of_the_verdicts_that_it_names(folder):
+    "A notebook that is drawn again needs 10_findings drawn again, which reads its verdicts."
+    table = pd.read_csv(folder / "10_findings-advice.csv", dtype=str).fillna("")
+    for row in table.to_dict("records"):
+        notebook, _, profile = row["notebook"].partition(" of ")
+        path = folder.parent / (profile or folder.name) / f"{notebook}-verdicts.json"
+        known = set()
+        for verdict in json.loads(path.read_text(encoding="utf-8")).values():
+            for effect in [verdict["average"], *verdict["effects"].values()]:
+                known |= {tuple(round(effect[n], 1) for n in ENDS)} if effect else set()
+        shown = re.findall(r"([+-]\d+\.\d) \[(\S+), (\S+)\]", row["points of AVG-%"])
+        assert {tuple(map(float, numbers)) for numbers in shown} <= known, row["difference"]
 
 
 # ---- from the sources
