@@ -37,7 +37,7 @@ data = small_data("train", n=20_000)
 batches = calibration_batches(data, processor, n=64)
 pruned, plan = prune(teacher, batches, recipe="paper", ratio=0.6)
 losses = {"sft": 0.5, "hidden_kd": 0.5}
-config = RecoveryConfig(losses=losses, fraction=fraction, train="projector+lm", lr=1e-3)
+config = RecoveryConfig(losses=losses, fraction=fraction, batch_size=32, lr=1e-3)
 named, took = dict(processor=processor, plan=plan, progress=False), {}
 start = time.process_time()
 student = recover(pruned, teacher, data, config, **named).model

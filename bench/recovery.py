@@ -82,7 +82,7 @@ def tiny_setting(family: str, quick: bool, device: str):
             for part in np.array_split(range(len(data)), passes)
         ]
 
-    return teacher, RecoveryConfig(losses=LOSSES), batches
+    return teacher, RecoveryConfig(losses=LOSSES, batch_size=32), batches
 
 
 def wide_setting(quick: bool, device: str):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers.trainer_utils import sort_checkpoints
 
@@ -25,7 +27,7 @@ from mllm_compress.recovery import training
 from mllm_compress.recovery.best_state import held_out_samples
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, learning_rate, run_identity
 from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_attention
-from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
+from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs, samples_per_step
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, recover
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo.models import load_model
@@ -341,10 +343,37 @@ def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
 
 
 def test_later_options_are_in_a_key_only_where_they_are_used():
-    config = lambda share: training.settled(RecoveryConfig(held_out=share))
+    config = lambda share: training.settled(RecoveryConfig(batch_size=32, held_out=share))
     old, new = (run_identity(asdict(config(share))) for share in (0.0, 0.1))
     assert content_hash(old) == "7ec7ad6f5c4f8ae1efdb"  # before there were any
     assert new == old | {"held_out": 0.1, "patience": 4}
+
+
+# -- samples per step --------------------------------------------------------------------------
+
+
+@given(
+    samples=st.integers(1, 10**6),
+    epochs=st.floats(0.01, 100),
+    passes=st.none() | st.integers(1, 64),
+    processes=st.integers(1, 8),
+)
+def test_a_batch_leaves_the_run_its_steps_and_no_pass_empty(samples, epochs, passes, processes):
+    config = RecoveryConfig(epochs=epochs, passes=passes)
+    size, least = samples_per_step(config, samples, processes), processes * (passes or 1)
+    assert max(4, least) <= size <= max(32, least)
+    if size > max(4, least):
+        assert samples * epochs / size >= 40
+    if size < 32:  # one more would leave fewer steps
+        assert int(samples * epochs) // (size + 1) < 40
+    fixed = RecoveryConfig(epochs=epochs, passes=passes, batch_size=7)
+    assert samples_per_step(fixed, samples, processes) == 7
+
+
+def test_few_samples_are_trained_on_in_small_batches(run):
+    "Eight samples: two steps of four; one of eight, if it is asked for."
+    assert len(run(lr=1e-3).history) == 2 and len(run(**ONE_STEP).history) == 1
+    assert weights_hash(run(lr=1e-3).model) == weights_hash(run(**TWO_STEPS).model)
 
 
 # -- the same numbers again --------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Which state of a recovery to return? Not part of `make bench`: fifteen minutes of one core.
 
-tiny-llava is pruned by several recipes and trained as in nbs/start/quickstart.ipynb, with a tenth
-of its samples held out and without stopping early. A row is a look: what the held-out part says,
-and the retained score on questions about *validation* scenes. Runs that hold nothing out have only
+tiny-llava is pruned by several recipes and trained in batches of 32, with a tenth of its samples
+held out and without stopping early. A row is a look: what the held-out part says, and the retained
+score on questions about *validation* scenes. Runs that hold nothing out have only
 their first and their last state.
 
     python bench/compare/best_state.py [--seeds 3] [--questions 100]
@@ -61,7 +61,7 @@ def main():
                             model.train()
 
                 config = RecoveryConfig(
-                    fraction=0.1, seed=seed, lr=lr, held_out=share, patience=100
+                    fraction=0.1, seed=seed, lr=lr, batch_size=32, held_out=share, patience=100
                 )
                 how = dict(progress=False, callbacks=(Watch(),))
                 result = recover(start, model, training, config, processor, **how)

@@ -56,7 +56,12 @@ def compare(name: str, data, fraction: float, seeds: int, limit: int) -> list:
     for seed in range(seeds):
         for positions, lr in RUNS:
             config = RecoveryConfig(
-                fraction=fraction, seed=seed, lr=lr, positions=positions, precision="bf16"
+                fraction=fraction,
+                seed=seed,
+                lr=lr,
+                positions=positions,
+                batch_size=32,
+                precision="bf16",
             )
             result = recover(
                 apply_plan(teacher, plan),

@@ -119,7 +119,9 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
     "`recover` with checkpoints in a folder, which is removed if it holds no progress."
     interval = request.save_every
     if interval is None:  # a tenth of the run, at most 100 steps
-        steps = math.ceil(len(data) * config.fraction * config.epochs / config.batch_size)
+        samples = math.ceil(len(data) * config.fraction)
+        size = mc.recovery.steps.samples_per_step(config, samples)
+        steps = math.ceil(samples * config.epochs / size)
         interval = max(1, min(100, steps // 10))
     if tracker := request.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{request.out}.runs")

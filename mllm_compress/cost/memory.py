@@ -21,7 +21,7 @@ from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
 from ..recovery.losses import LOSSES
-from ..recovery.steps import trainable_copy
+from ..recovery.steps import BATCH, trainable_copy
 from ..zoo.releases import real_config
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-005
@@ -59,7 +59,7 @@ def recovery_memory(
     text_tokens: int = 64,
 ) -> dict:  # bytes of "weights", "teacher", "optimizer", "step", "float32" and "total"
     "Bytes at the peak of one recovery step, by purpose, computed on the meta device."
-    batch = -(-config.batch_size // (config.passes or 1))
+    batch = -(-(config.batch_size or BATCH[1]) // (config.passes or 1))
     model, beside = trainable_copy(student, config).to("meta"), 0
     inputs = arithmetic.example_inputs(model, text_tokens, batch=batch)
     ids = inputs["input_ids"]

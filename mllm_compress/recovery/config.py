@@ -31,7 +31,7 @@ class RecoveryConfig:
     seed: described(Seed, "Seed of the fraction, the order of samples, and LoRA.") = 0
     lr: Literal["search"] | Rate | None = None  # None: from LEARNING_RATES
     epochs: described(float, "Passes over the data.", gt=0, le=10_000) = 1.0
-    batch_size: described(Count, "Samples per step, over all processes.") = 32
+    batch_size: described(Count | None, "Samples per step; default: by their number.") = None
     passes: described(Count | None, "Forward passes per step; default: as fits the device.") = None
     positions: described(Literal["answer", "all"], "answer, or all positions.") = "answer"
     temperature: described(Rate, "Temperature of logits distillation.") = 2.0

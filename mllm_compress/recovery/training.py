@@ -499,13 +499,14 @@ def recover(
         attention, processes = steps.attention_for(config, kind, shares), args.world_size
         outputs = teacher_outputs()
         collate.images = outputs is None
+        size = steps.samples_per_step(config, len(members), processes)
         passes = steps.passes_per_step(config, len(members), kind, processes)
         place, lengths = (passes, processes, args.process_index), [1] * len(members)
         if config.group_by_length:  # in characters
             dialogues = (data.samples[i] for i in members)
             dialogues = (s.get("conversations") or [{"value": s["text"]}] for s in dialogues)
             lengths = [sum(len(turn["value"]) for turn in turns) for turns in dialogues]
-        batches = steps.Batches(lengths, config.batch_size, *place, config.seed, members)
+        batches = steps.Batches(lengths, size, *place, config.seed, members)
         numbers = lambda samples: torch.tensor([sample["index"] for sample in samples])
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
         planned = math.ceil(config.epochs * batches.steps)
